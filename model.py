@@ -1,0 +1,455 @@
+"""Every network and every objective of VIGFace; the five scripts share this one module.
+
+Read it top to bottom: small helpers, the recogniser (stage 1), its prototypes and margin loss, the Diffusion
+Transformer (stage 2), the diffusion (schedule, loss, sampler), save and load.
+
+Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, N tokens, C width.
+Images inside the networks are RGB in [-1, 1], (B, 3, S, S); landmarks are (B, 5, 2), x and y in [0, 1] of the
+image, in the order left eye, right eye, nose, left and right mouth corner (left and right of the image).
+"""
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------- small helpers
+
+
+def fail(message):
+    """Ends the program with one line on stderr and exit code 2: bad input, nothing half-written."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def to_float(images):
+    """Images as stored, uint8 (B, 3, S, S), to what the networks see: (x - 127.5) / 127.5 in [-1, 1]."""
+    return (images.float() - 127.5) / 127.5
+
+
+def to_uint8(images):
+    """Images of the networks, [-1, 1], back to uint8; the inverse of `to_float`."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def autocast(device):
+    """bf16 autocast where bf16 is fast: every CUDA GPU, and CPUs with AMX; plain fp32 elsewhere."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or amx())
+
+
+def compiled(module, device, images):
+    """A second, compiled handle of `module`, or on a CPU the module itself if `images` are too few to repay compiling."""
+    if device.type == "cpu" and images < 100_000:
+        return module
+    if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        print("no C++ compiler found: running without torch.compile, about 1.5 times slower")
+        return module
+    return torch.compile(module)
+
+
+# ---------------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings
+
+
+@dataclass
+class FRConfig:
+    """IR-SE50 as published; `FR_ARCHS` names its sizes."""
+    size: int = 112                     # S, a multiple of 16
+    dim: int = 512                      # D
+    width: int = 64                     # channels of the first stage; doubles at every stage
+    units: tuple = (3, 4, 14, 3)        # residual units per stage
+
+
+FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1)), "ir_se50": dict()}
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gates from globally pooled features (Hu et al. 2018), reduction 16."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels // 16, 1, bias=False)
+        self.fc2 = nn.Conv2d(channels // 16, channels, 1, bias=False)
+
+    def forward(self, x):                                                       # (B, C, H, W)
+        gate = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))         # (B, C, 1, 1)
+        return x * gate.sigmoid()
+
+
+class ResidualUnit(nn.Module):
+    """The improved residual unit of ArcFace: BN-conv-BN-PReLU-conv(stride)-BN-SE beside a shortcut."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.res_layer = nn.Sequential(
+            nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out),
+            nn.PReLU(c_out), nn.Conv2d(c_out, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out))
+        self.res_layer.add_module("se_block", SqueezeExcite(c_out))
+        self.shortcut_layer = nn.MaxPool2d(1, stride) if c_in == c_out else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        return self.res_layer(x) + self.shortcut_layer(x)
+
+
+class Recogniser(nn.Module):
+    """f: images (B, 3, S, S) -> embeddings (B, D); IR-SE50 with the key names of published AdaFace/TFace weights."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(3, cfg.width, 3, 1, 1, bias=False), nn.BatchNorm2d(cfg.width), nn.PReLU(cfg.width))
+        units, c_in = [], cfg.width
+        for stage, count in enumerate(cfg.units):
+            c_out = cfg.width * 2 ** stage
+            for unit in range(count):
+                units.append(ResidualUnit(c_in, c_out, stride=2 if unit == 0 else 1))
+                c_in = c_out
+        self.body = nn.Sequential(*units)
+        self.output_layer = nn.Sequential(
+            nn.BatchNorm2d(c_in), nn.Dropout(0.4), nn.Flatten(),
+            nn.Linear(c_in * (cfg.size // 16) ** 2, cfg.dim), nn.BatchNorm1d(cfg.dim, affine=False))
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x):                   # (B, 3, S, S)
+        x = self.body(self.input_layer(x))  # (B, 8 width, S/16, S/16)
+        return self.output_layer(x)         # (B, D)
+
+
+@torch.no_grad()
+def embed(backbone, images, batch=256):
+    """Unit embeddings (M, D), fp32, of uint8 images (M, 3, S, S): L2norm(f(x) + f(flip x)), as the field tests."""
+    device, chunks = next(backbone.parameters()).device, []
+    for chunk in images.split(batch):
+        x = to_float(chunk.to(device, non_blocking=True))
+        with autocast(device):
+            chunks.append(F.normalize((backbone(x) + backbone(x.flip(3))).float()))
+    return torch.cat(chunks)
+
+
+# --------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
+
+
+class Prototypes(nn.Module):
+    """n real and k virtual class prototypes in R^D, and sigma^2 (D,), how far real embeddings lie from theirs."""
+
+    def __init__(self, n, k, dim):
+        super().__init__()
+        self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
+        self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
+        self.register_buffer("sigma2", torch.zeros(dim))
+
+    def unit(self):
+        """All prototypes on the unit sphere, (n + k, D), real ones first."""
+        return F.normalize(torch.cat([self.real, self.virtual]))
+
+
+def arcface(cos, labels, scale=64.0, margin=0.5):
+    """ArcFace logits (B, classes): s cos(theta + m) at the label, s cos(theta) elsewhere (Deng et al. 2019, eq. 3).
+
+    Where theta + m > pi the cosine would rise again: there the target falls on linearly, cos(theta) - m sin(m).
+    The gradient is the exact one, through sin(theta); it is kept finite at cos = +-1.
+    """
+    target = cos.gather(1, labels[:, None])                                     # (B, 1)
+    sin = (1 - target ** 2).clamp(min=1e-9).sqrt()
+    pushed = target * math.cos(margin) - sin * math.sin(margin)                 # cos(theta + m)
+    pushed = torch.where(target > -math.cos(margin), pushed, target - margin * math.sin(margin))
+    return scale * cos.scatter(1, labels[:, None], pushed)
+
+
+def virtual_batch_size(step, k, b_real, n):
+    """b_v for one step: k b_r / n (paper), whole numbers whose running sum never strays from it by one."""
+    return (step + 1) * k * b_real // n - step * k * b_real // n
+
+
+def vigface_loss(f, labels, prototypes, b_virtual):
+    """The margin loss over real embeddings f (B, D) and b_virtual virtual ones: (real part, virtual part), scalars.
+
+    Virtual embeddings f'_j = w_v^j + N(0, 1) sigma carry the spread of real ones (sigma^2 by EMA, alpha = 0.9).
+    They never touch the backbone, and for them real prototypes are negatives held fixed: only virtual prototypes
+    are updated. Real embeddings meet the virtual prototypes as negatives, so the backbone keeps clear of them.
+    paper: normalisation unstated; here: f and w on the unit sphere before sigma and f', because there the margin
+    acts. paper: one loss over both batches; here: both sums over b_r, because a mean over b_r + b_v would shrink
+    the backbone's step as k grows.
+    """
+    with torch.autocast(f.device.type, enabled=False):
+        f, n = F.normalize(f.float()), len(prototypes.real)
+        real, virtual = F.normalize(prototypes.real), F.normalize(prototypes.virtual)
+        with torch.no_grad():
+            prototypes.sigma2.lerp_((f - real[labels]).square().mean(0), 0.1)
+        logits = arcface(f @ torch.cat([real, virtual]).T, labels)                              # (B, n + k)
+        loss = F.cross_entropy(logits, labels)
+        if not b_virtual:
+            return loss, torch.zeros_like(loss)
+        j = torch.randint(len(virtual), (b_virtual,), device=f.device)
+        drawn = F.normalize(virtual[j] + torch.randn_like(virtual[j]) * prototypes.sigma2.sqrt())   # (b_v, D)
+        logits = arcface(drawn @ torch.cat([real.detach(), virtual]).T, n + j)                      # (b_v, n + k)
+        return loss, F.cross_entropy(logits, n + j, reduction="sum") / len(f)
+
+
+# ------------------------------------------------------------------------ the Diffusion Transformer (stage 2)
+
+
+def patchify(images, patch):
+    """Images (B, c, S, S) to tokens (B, N, c patch^2), row by row."""
+    B, c, S, _ = images.shape
+    x = images.view(B, c, S // patch, patch, S // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (S // patch) ** 2, c * patch ** 2)
+
+
+def unpatchify(tokens, patch):
+    """Tokens (B, N, c patch^2) back to images (B, c, S, S); the inverse of `patchify`."""
+    B, N, width = tokens.shape
+    side, c = math.isqrt(N), width // patch ** 2
+    return tokens.view(B, side, side, c, patch, patch).permute(0, 3, 1, 4, 2, 5).reshape(B, c, side * patch, -1)
+
+
+def landmark_image(landmarks, size):
+    """Five soft dots on black, (B, 3, S, S) in [0, 1]: eyes red, nose green, mouth corners blue (the paper's figure)."""
+    grid = (torch.arange(size, device=landmarks.device) + 0.5) / size
+    dx, dy = (grid - landmarks[..., i, None] for i in (0, 1))                   # (B, 5, S) each
+    dots = torch.exp(-(dx[:, :, None, :] ** 2 + dy[:, :, :, None] ** 2) / (2 * 0.025 ** 2))     # (B, 5, S, S)
+    return torch.stack([dots[:, 0:2].amax(1), dots[:, 2], dots[:, 3:5].amax(1)], 1)
+
+
+def sinusoids(x, width, longest):
+    """Sines and cosines (..., width) of x (...) at frequencies from 1 down to 1 / longest."""
+    frequencies = torch.exp(-math.log(longest) * torch.arange(width // 2, device=x.device) / (width // 2))
+    angles = x[..., None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d); the fused kernel on a GPU, plainly on a CPU, where its backward is slow."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and MLP, shifted, scaled and gated by the condition; the identity at the start (adaLN-Zero)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x, c):                                                    # (B, N, C), (B, C)
+        B, N, C = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)    # (B, 1, C)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        q, k, v = self.qkv(h).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)    # (B, heads, N, C/heads)
+        h = attention(q, k, v).transpose(1, 2).reshape(B, N, C)
+        x = x + gate1 * self.out(h)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+@dataclass
+class DiTConfig:
+    """DiT-B/8 at 112 pixels; `DIT_SIZES` names the others."""
+    size: int = 112                     # S
+    dim: int = 512                      # D of the prototypes
+    patch: int = 8
+    width: int = 768                    # C
+    depth: int = 12
+    heads: int = 12
+
+
+DIT_SIZES = {"Ti": dict(width=192, depth=6, heads=3), "S": dict(width=384, depth=12, heads=6),
+             "B": dict(width=768, depth=12, heads=12), "L": dict(width=1024, depth=24, heads=16)}
+
+
+class DiT(nn.Module):
+    """v(x_t, t, w, landmarks): Peebles & Xie's DiT in pixel space, conditioned on who (prototype) and pose (landmarks).
+
+    Time, prototype and landmark vectors add up to the adaLN condition; the landmark image also joins the noisy image
+    as input channels, so that pose is exact in space. A prototype of zeros stands for nobody in particular.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, C = cfg, cfg.width
+        self.patch_in = nn.Linear(6 * cfg.patch ** 2, C)
+        side = torch.arange(cfg.size // cfg.patch)
+        rows, columns = torch.meshgrid(side, side, indexing="ij")
+        position = torch.cat([sinusoids(axis.flatten(), C // 2, 10_000) for axis in (rows, columns)], -1)
+        self.register_buffer("position", position, persistent=False)            # (N, C)
+        self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
+        self.identity = nn.Linear(cfg.dim, C)
+        self.pose = nn.Sequential(nn.Linear(10, C), nn.SiLU(), nn.Linear(C, C))
+        self.blocks = nn.ModuleList(DiTBlock(C, cfg.heads) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(C, elementwise_affine=False, eps=1e-6)
+        self.modulation, self.patch_out = nn.Linear(C, 2 * C), nn.Linear(C, 3 * cfg.patch ** 2)
+        for layer in (self.modulation, self.patch_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, t, w, landmarks):                                      # (B,3,S,S), (B,), (B,D), (B,5,2)
+        c = self.time(sinusoids(1000 * t, 256, 10_000))                         # (B, C)
+        c = c + self.identity(w * self.cfg.dim ** 0.5) + self.pose(4 * landmarks.flatten(1) - 2)
+        c = F.silu(c)
+        x = torch.cat([x, landmark_image(landmarks, self.cfg.size)], 1)         # (B, 6, S, S)
+        x = self.patch_in(patchify(x, self.cfg.patch)) + self.position          # (B, N, C)
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = self.modulation(c)[:, None].chunk(2, -1)                 # (B, 1, C)
+        x = self.patch_out(self.norm(x) * (1 + scale) + shift)                  # (B, N, 3 patch^2)
+        return unpatchify(x, self.cfg.patch)                                    # (B, 3, S, S)
+
+
+# ----------------------------------------------------------------- diffusion: the one place that states conventions
+#
+#   x_t = a x + s e,   v = a e - s x,   so   x = a x_t - s v   and   e = s x_t + a v,
+#   a = cos(pi t / 2), s = sin(pi t / 2):  t = 0 is the image, t = 1 is noise.
+
+
+def signal_noise(t):
+    """a and s of time t (B,), shaped (B, 1, 1, 1)."""
+    angle = (t * math.pi / 2).view(-1, 1, 1, 1)
+    return angle.cos(), angle.sin()
+
+
+def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
+    """Stage 2's two losses on images x (B, 3, S, S) of people w (B, D): (MSE of v, squared identity distance).
+
+    t is logit-normal (Esser et al. 2024). w becomes zeros with probability `drop`, so that guidance has an
+    unconditional model. The identity loss |f(x0_hat) / |f| - w|^2 is weighted by a^2 = SNR / (1 + SNR): near t = 1
+    x0_hat is an average face on which f means nothing, and there its gradient would only draw texture.
+    It is zero where w was dropped: nobody was asked for.
+    """
+    t = torch.randn(len(x), device=x.device).sigmoid()
+    keep = (torch.rand(len(x), device=x.device) >= drop).float()
+    a, s = signal_noise(t)
+    noise = torch.randn_like(x)
+    x_t, v = a * x + s * noise, a * noise - s * x
+    v_hat = dit(x_t, t, w * keep[:, None], landmarks).float()
+    f = F.normalize(backbone(a * x_t - s * v_hat).float())
+    distance = (f - w).square().sum(1)                                          # (B,), 2 - 2 cos
+    return F.mse_loss(v_hat, v), (distance * keep * a.flatten() ** 2).mean()
+
+
+def guided(dit, w, landmarks, guidance=1.0, interval=(0.0, 1.0)):
+    """x0_hat(x_t, t) under classifier-free guidance: x0(nobody) + g (x0(w) - x0(nobody)), kept in [-1, 1].
+
+    Outside the guidance interval of t, and at g = 1, the unconditional pass is not run at all.
+    """
+    def denoise(x, t):                                                          # (B, 3, S, S), float
+        times = torch.full((len(x),), t, device=x.device)
+        a, s = signal_noise(times)
+        v = dit(x, times, w, landmarks).float()
+        if guidance != 1 and interval[0] <= t <= interval[1]:
+            nobody = dit(x, times, torch.zeros_like(w), landmarks).float()
+            v = nobody + guidance * (v - nobody)
+        return (a * x - s * v).clamp(-1, 1)
+    return denoise
+
+
+def dpm_solver(denoise, x, steps):
+    """DPM-Solver++(2M) (Lu et al. 2022): noise x (B, ...) at t = 1 to an image at t = 0, one `denoise(x, t)` a step.
+
+    With half log-SNR l = log(a / s) and h = l_next - l, each step extrapolates x0 from the last two; the first step
+    (l = -inf) and the last (l = inf) are of first order, where both orders agree or the second has no meaning.
+    """
+    times = [1 - i / steps for i in range(steps + 1)]
+    previous, h_previous = None, math.inf
+    for t, t_next in zip(times, times[1:]):
+        x0 = denoise(x, t)
+        if t_next == 0:
+            return x0
+        a, s = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
+        a_next, s_next = math.cos(math.pi * t_next / 2), math.sin(math.pi * t_next / 2)
+        h = math.inf if t == 1 else math.log(a_next / s_next) - math.log(a / s)
+        estimate = x0 if h_previous == math.inf else x0 + (x0 - previous) * h / (2 * h_previous)
+        x = s_next / s * x + (a_next - a * s_next / s) * estimate               # s_next/s x - a_next (e^-h - 1) x0
+        previous, h_previous = x0, h
+
+
+# ------------------------------------------------------------------------------------------------ save and load
+
+
+def replace_file(path, write):
+    """Lets `write(temporary_path)` make a file, flushes it to disk and renames it to `path`: no reader sees half of it."""
+    temporary = Path(f"{path}.tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_model(folder, stage, config, tensors, **meta):
+    """Writes folder/model.safetensors: tensors, with stage, architecture and what later stages need as JSON metadata."""
+    text = json.dumps({"stage": stage, "config": asdict(config), **meta})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(Path(folder) / "model.safetensors", lambda path: save_file(tensors, path, {"vigface": text}))
+
+
+def load_model(folder, stage):
+    """Tensors and metadata of folder/model.safetensors; ends the program if it is not a `stage` ('fr', 'dit') model."""
+    path = Path(folder) / "model.safetensors"
+    make = {"fr": "fr_train.py", "dit": "dit_train.py"}[stage]
+    if not path.is_file():
+        fail(f"{path}: no such checkpoint; make it with {make}, or name another folder")
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})["vigface"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        fail(f"{path}: not a VIGFace checkpoint ({type(error).__name__}: {error}); make it again with {make}")
+    if meta["stage"] != stage:
+        fail(f"{path}: expected a '{stage}' checkpoint, found '{meta['stage']}'; name the folder {make} wrote")
+    return tensors, meta
+
+
+def part(tensors, prefix):
+    """The state dict of one module: the tensors whose names start with `prefix.`, without it."""
+    return {name[len(prefix) + 1:]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def load_recogniser(folder, device):
+    """Frozen backbone and prototypes in eval mode on `device`, and the metadata, of a folder fr_train.py wrote."""
+    tensors, meta = load_model(folder, "fr")
+    backbone = Recogniser(FRConfig(**meta["config"]))
+    backbone.load_state_dict(part(tensors, "backbone"))
+    prototypes = Prototypes(len(tensors["prototypes.real"]), len(tensors["prototypes.virtual"]), meta["config"]["dim"])
+    prototypes.load_state_dict(part(tensors, "prototypes"))
+    channels_last = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return (backbone.to(device, memory_format=channels_last).eval().requires_grad_(False),
+            prototypes.to(device).eval().requires_grad_(False), meta)
+
+
+def save_state(path, config, **parts):
+    """Writes a resume state: the run's settings, and any state dicts and numbers, loadable without pickle's powers."""
+    replace_file(path, lambda temporary: torch.save({"config": config, **parts}, temporary))
+
+
+def load_state(path, config):
+    """The state saved at `path`, or None if there is none; ends the program if it belongs to other settings."""
+    if not Path(path).is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["config"]
+    except Exception as error:                                    # a truncated zip fails in many ways
+        fail(f"{path}: unreadable resume state ({type(error).__name__}); delete it to start over")
+    for key in config:
+        if saved.get(key) != config[key]:
+            fail(f"{path}: this run was started with {key} = {saved.get(key)}, now {config[key]}; "
+                 f"give the same settings, another --out, or delete {Path(path).parent}")
+    return state
