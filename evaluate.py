@@ -68,13 +68,13 @@ def sums(f, labels, classes):
 
 
 def consistency_separability(f, labels, classes):
-    """C, the mean cosine of pairs within a class; S, the mean cosine distance of a class centre to the others."""
+    """C, the mean cosine of pairs within a class (None without any); S, the mean cosine distance between class centres."""
     total, count = sums(f, labels, classes)
     many = count > 1
     within = (total.square().sum(1) - count) / (count * (count - 1)).clamp(min=1)   # sum over pairs i != j of f_i f_j
     centres = F.normalize(total)
     between = (centres.sum(0) @ centres.sum(0) - classes) / max(1, classes * (classes - 1))
-    return within[many].mean().item(), 1 - between.item()
+    return within[many].mean().item() if many.any() else None, 1 - between.item()
 
 
 def judge_dataset(backbone, prototypes, faces, real_centres, baseline):

@@ -29,7 +29,7 @@ parser.add_argument("--size", type=int, help="image side in pixels, a multiple o
 parser.add_argument("--arch", choices=FR_ARCHS, help="(default: tiny up to 64 pixels, ir_se50 above)")
 parser.add_argument("--virtual", type=int, metavar="K",
                     help="virtual prototypes to reserve (default: as many as there are real identities)")
-parser.add_argument("--epochs", type=int, help="(default: 26 for ir_se50; 10 for tiny, more if that is under 1,250 steps)")
+parser.add_argument("--epochs", type=int, help="(default: 26 for ir_se50, 10 for tiny; more if that is under 1,250 steps)")
 parser.add_argument("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for tiny)")
 parser.add_argument("--lr", type=float, default=0.1, help="learning rate at batch 512; scales with it (default: 0.1)")
 parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
@@ -53,7 +53,7 @@ def main():
     k = n if args.virtual is None else args.virtual
     batch = min(args.batch or (128 if arch == "tiny" else 512), len(faces))
     per_epoch = len(faces) // batch
-    epochs = args.epochs or (26 if arch == "ir_se50" else max(10, -(-1250 // per_epoch)))
+    epochs = args.epochs or max(26 if arch == "ir_se50" else 10, -(-1250 // per_epoch))
     steps, peak = epochs * per_epoch, args.lr * batch / 512
     tests = benchmarks(args.val, args.data, faces.size)
 
@@ -90,7 +90,8 @@ def main():
         save_model(out, "fr", cfg, tensors, data=args.data, val=[str(path) for path in tests], names=list(faces.names),
                    colour="RGB", step=step, steps=steps)
 
-    losses, since, saved = torch.zeros(2, device=device), time.time(), time.time()
+    every = per_epoch * -(-100 // per_epoch)                    # log and save at whole epochs, 100 steps apart or more
+    losses, logged, since, checked = torch.zeros(2, device=device), first, time.time(), time.time()
     progress = tqdm(batches(faces, batch, args.seed, first, steps), initial=first, total=steps, mininterval=1,
                     desc=out.name, leave=False)
     for step, (images, labels, _) in enumerate(progress, first):
@@ -109,22 +110,23 @@ def main():
         optimizer.step()
         losses += torch.stack([real_loss.detach(), virtual_loss.detach()])
 
-        if (step + 1) % per_epoch == 0:                         # once an epoch: log, check, save
-            real, virtual = (losses / per_epoch).tolist()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            count = step + 1 - logged
+            real, virtual = (losses / count).tolist()
             if not real + virtual < float("inf"):
                 fail(f"{out}: the loss is {real + virtual} at step {step + 1}; the checkpoint before it is kept. Lower --lr")
-            speed, since = batch * per_epoch / (time.time() - since), time.time()
             line = f"epoch {(step + 1) // per_epoch:3d}/{epochs}  loss real {real:6.3f} virtual {virtual:6.3f}" \
-                   f"  lr {optimizer.param_groups[0]['lr']:.4f}  {speed:6.0f} img/s"
-            losses.zero_()
-            if step + 1 == steps or time.time() - saved > 60:
+                   f"  lr {optimizer.param_groups[0]['lr']:.4f}  {batch * count / (time.time() - since):6.0f} img/s"
+            save(step + 1)
+            if step + 1 == steps or time.time() - checked > 60:
                 backbone.eval()
                 line += "".join(f"  {path.stem} {verification(backbone, *test)['accuracy']:.2%}"
                                 for path, test in tests.items())
                 backbone.train()
-                save(step + 1)
-                saved = since = time.time()
+                checked = time.time()
             tqdm.write(line)
+            losses.zero_()
+            logged, since = step + 1, time.time()
 
     with torch.no_grad():
         W, own = prototypes.unit(), torch.arange(n + k, device=device)

@@ -47,8 +47,8 @@ def autocast(device):
 
 
 def compiled(module, device, images):
-    """A second, compiled handle of `module`, or on a CPU the module itself if `images` are too few to repay compiling."""
-    if device.type == "cpu" and images < 100_000:
+    """A second, compiled handle of `module`, or on a CPU the module itself if `images` are too few to repay it."""
+    if device.type == "cpu" and images < 30_000:
         return module
     if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         print("no C++ compiler found: running without torch.compile, about 1.5 times slower")
@@ -232,7 +232,7 @@ def sinusoids(x, width, longest):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v of (B, heads, N, d); the fused kernel on a GPU, plainly on a CPU, where its backward is slow."""
-    if q.is_cuda:
+    if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
 

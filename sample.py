@@ -126,7 +126,7 @@ def main():
         partial.write_text(",".join(COLUMNS) + "\n")
 
     bank, people = tensors["bank.landmarks"], tensors["bank.labels"]
-    by_yaw, W, fast = yaw_of(bank).argsort(), prototypes.unit(), compiled(dit, device, total * args.steps // 8)
+    by_yaw, W, fast = yaw_of(bank).argsort(), prototypes.unit(), compiled(dit, device, 2 * total * args.steps)
 
     def plan(number):
         """Picture `number` of the set: (identity, index, landmark source)."""

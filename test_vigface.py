@@ -1,0 +1,568 @@
+"""Run with `python -m pytest -q`: formulas against naive references, invariants, and every script as a user runs it."""
+import csv
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import evaluate
+import model
+import sample
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+TINY_DIT = model.DiTConfig(size=32, dim=64, patch=4, width=64, depth=2, heads=1)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+def script(name, *args, cwd, code=0):
+    """Runs a script in cwd, checks its exit code, and returns stdout, or stderr where it should fail."""
+    done = subprocess.run([sys.executable, HERE / name, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- the recogniser
+
+
+def test_ir_se50_is_the_published_network():
+    net = model.Recogniser(model.FRConfig()).eval()
+    assert sum(p.numel() for p in net.parameters()) == 43_808_320
+    shapes = {name: tuple(t.shape) for name, t in net.state_dict().items()}
+    assert len(net.body) == 24 and shapes["input_layer.0.weight"] == (64, 3, 3, 3)
+    assert shapes["output_layer.3.weight"] == (512, 512 * 7 * 7) and "output_layer.4.weight" not in shapes
+    assert shapes["body.3.shortcut_layer.0.weight"] == (128, 64, 1, 1) and "body.0.shortcut_layer.0.weight" not in shapes
+    assert shapes["body.23.res_layer.se_block.fc1.weight"] == (32, 512, 1, 1)
+    with torch.no_grad():
+        assert net(torch.randn(2, 3, 112, 112)).shape == (2, 512)
+
+
+def test_embedding_is_unit_and_blind_to_mirroring():
+    net = model.Recogniser(model.FRConfig(size=32, **model.FR_ARCHS["tiny"])).eval()
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    f = model.embed(net, images, batch=2)
+    assert torch.allclose(f.norm(dim=1), torch.ones(5), atol=1e-5)
+    assert torch.allclose(f, model.embed(net, images.flip(3)), atol=0.02)       # bf16 on machines that have it
+
+
+# -------------------------------------------------------------------------------- margin and virtual prototypes
+
+
+@pytest.mark.parametrize("cosine", [0.9, 0.2, -0.5, -0.95, 1.0, -1.0])
+def test_arcface_against_the_definition(cosine):
+    cos = torch.tensor([[0.3, cosine, -0.1]], dtype=torch.float64, requires_grad=True)
+    logits = model.arcface(cos, torch.tensor([1]))
+    theta = math.acos(cosine)
+    expected = math.cos(theta + 0.5) if theta + 0.5 <= math.pi else cosine - 0.5 * math.sin(0.5)
+    assert logits[0].tolist() == pytest.approx([64 * 0.3, 64 * expected, -6.4], abs=2e-3)
+    logits.sum().backward()
+    assert cos.grad.isfinite().all()
+    if abs(cosine) < 0.9:
+        slope = math.sin(theta + 0.5) / math.sin(theta)                         # d cos(theta + m) / d cos(theta)
+        assert cos.grad[0].tolist() == pytest.approx([64, 64 * slope, 64])
+
+
+def test_arcface_never_rewards_a_wider_angle():
+    cos = torch.linspace(-1, 1, 2001, dtype=torch.float64)[:, None]
+    logits = model.arcface(cos, torch.zeros(2001, dtype=torch.long))
+    assert (logits.diff(dim=0) > 0).all()
+
+
+def test_virtual_embeddings_update_virtual_prototypes_only():
+    f = torch.randn(6, 8, requires_grad=True)
+    prototypes = model.Prototypes(5, 4, 8)
+    _, virtual_loss = model.vigface_loss(f, torch.arange(6) % 5, prototypes, b_virtual=7)
+    virtual_loss.backward()
+    assert f.grad is None or not f.grad.any()
+    assert prototypes.real.grad is None or not prototypes.real.grad.any()
+    assert prototypes.virtual.grad.abs().sum() > 0
+
+
+def test_real_embeddings_meet_virtual_prototypes_as_negatives():
+    f = torch.randn(6, 8)
+    prototypes = model.Prototypes(5, 4, 8)
+    real_loss, _ = model.vigface_loss(f, torch.arange(6) % 5, prototypes, b_virtual=0)
+    cos = F.normalize(f) @ prototypes.unit().T
+    assert real_loss.item() == pytest.approx(F.cross_entropy(model.arcface(cos, torch.arange(6) % 5),
+                                                             torch.arange(6) % 5).item(), rel=1e-5)
+    real_loss.backward()
+    assert prototypes.virtual.grad.abs().sum() > 0 and prototypes.real.grad.abs().sum() > 0
+
+
+def test_sigma_against_a_naive_moving_average():
+    prototypes, naive = model.Prototypes(3, 2, 4), np.zeros(4)
+    for _ in range(5):
+        f, labels = torch.randn(6, 4), torch.randint(3, (6,))
+        model.vigface_loss(f, labels, prototypes, b_virtual=2)
+        squares = []
+        for x, y in zip(f.numpy(), labels):
+            w = prototypes.real[y].detach().numpy()
+            squares.append((x / np.linalg.norm(x) - w / np.linalg.norm(w)) ** 2)
+        naive = 0.9 * naive + 0.1 * np.mean(squares, 0)
+    assert np.allclose(prototypes.sigma2.numpy(), naive, atol=1e-6)
+
+
+def test_virtual_embeddings_spread_as_sigma_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(model, "arcface", lambda cos, labels: seen.append(cos) or cos)
+    prototypes = model.Prototypes(4, 1, 512)
+    f = F.normalize(prototypes.real.detach()) + 0.02 * torch.randn(4, 512)      # cos to the own prototype: about 0.91
+    for _ in range(60):
+        model.vigface_loss(f, torch.arange(4), prototypes, b_virtual=64)
+    real = seen[-2][range(4), range(4)].mean()
+    virtual = seen[-1][:, 4].mean()
+    assert 0.85 < real < 0.95 and abs(real - virtual) < 0.02
+
+
+@pytest.mark.parametrize("k, b_real, n", [(5, 4, 5), (7, 4, 5), (1, 3, 10), (120, 2, 11), (0, 4, 5)])
+def test_virtual_batch_has_the_paper_s_size_on_average(k, b_real, n):
+    sizes = [model.virtual_batch_size(step, k, b_real, n) for step in range(50)]
+    assert sum(sizes) == 50 * k * b_real // n
+    assert all(abs(size - k * b_real / n) < 1 for size in sizes)
+
+
+# ------------------------------------------------------------------------------------------------- DiT, diffusion
+
+
+def test_patchify_round_trip():
+    x = torch.randn(2, 6, 32, 32)
+    tokens = model.patchify(x, 4)
+    assert tokens.shape == (2, 64, 96)
+    assert torch.equal(model.unpatchify(tokens, 4), x)
+    assert torch.equal(tokens[1, 9].view(6, 4, 4), x[1, :, 4:8, 4:8])           # token 9: second row, second column
+
+
+def test_a_fresh_dit_block_is_the_identity_and_a_fresh_dit_predicts_zero():
+    x = torch.randn(2, 16, 64)
+    block = model.DiTBlock(64, 4)
+    assert torch.equal(block(x, torch.randn(2, 64)), x)
+    dit = model.DiT(TINY_DIT)
+    assert not dit(torch.randn(2, 3, 32, 32), torch.rand(2), torch.randn(2, 64), torch.rand(2, 5, 2)).any()
+
+
+def test_attention_is_the_library_s():
+    q, k, v = torch.randn(3, 2, 4, 9, 16)
+    assert torch.allclose(model.attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-6)
+
+
+def test_landmark_image_puts_colours_where_landmarks_are():
+    landmarks = torch.tensor([[[.25, .25], [.75, .25], [.5, .5], [.25, .75], [.75, .75]]])
+    image = model.landmark_image(landmarks, 64)[0]                              # (3, 64, 64)
+    for (x, y), channel in zip(landmarks[0], (0, 0, 1, 2, 2)):
+        pixel = image[:, int(y * 64), int(x * 64)]
+        assert pixel.argmax() == channel and pixel[channel] > 0.8 and pixel.sum() < 1.01
+    assert image.mean() < 0.05
+
+
+def test_image_noise_and_velocity_round_trip():
+    x, noise, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0., .3, .7, 1.])
+    a, s = model.signal_noise(t)
+    x_t, v = a * x + s * noise, a * noise - s * x
+    assert torch.allclose(a ** 2 + s ** 2, torch.ones_like(a))
+    assert torch.allclose(a * x_t - s * v, x, atol=1e-5) and torch.allclose(s * x_t + a * v, noise, atol=1e-5)
+    assert torch.equal(x_t[0], x[0]) and torch.allclose(x_t[3], noise[3], atol=1e-6)    # t = 0 image, t = 1 noise
+
+
+class Oracle(torch.nn.Module):
+    """A DiT that knows the only image there is: its velocity is exact, whoever is asked for."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = torch.nn.Parameter(x)
+
+    def forward(self, x_t, t, w, landmarks):
+        a, s = model.signal_noise(t)
+        return (a * x_t - self.x) / s                                           # x0 = a x_t - s v, solved for v
+
+
+def test_losses_of_a_perfect_dit(monkeypatch):
+    x = torch.rand(64, 3, 8, 8) * 2 - 1
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 16))
+    w = F.normalize(backbone(x)).detach()
+    v_loss, identity_loss = model.dit_loss(Oracle(x), backbone, x, w, None)
+    assert v_loss < 1e-6 and identity_loss < 1e-6
+    _, opposite = model.dit_loss(Oracle(x), backbone, x, -w, None, drop=0)      # |f + f|^2 = 4, weighted by a^2 <= 1
+    assert 1.5 < opposite < 2.5                                                 # t is symmetric about 1/2: mean a^2 = 1/2
+    _, nobody = model.dit_loss(Oracle(x), backbone, x, -w, None, drop=1)
+    assert nobody == 0
+
+
+def test_prototype_is_dropped_as_often_as_asked():
+    seen = []
+
+    def spy(x, t, w, landmarks):
+        seen.append(w)
+        return x
+    x, w = torch.randn(2000, 3, 2, 2), torch.ones(2000, 4)
+    model.dit_loss(spy, lambda x: x.flatten(1)[:, :4], x, w, None)
+    dropped = (seen[0] == 0).all(1)
+    assert 0.07 < dropped.float().mean() < 0.13 and (seen[0][~dropped] == 1).all()
+
+
+def test_solver_recovers_a_gaussian():
+    """For data N(m, d^2) the best x0 is known and so is the exact flow: noise e ends at m + d e. Order two shows."""
+    m, d = 0.7, 0.4
+
+    def denoise(x, t):
+        a, s = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
+        return m + a * d ** 2 / (a ** 2 * d ** 2 + s ** 2) * (x - a * m)
+    noise = torch.randn(2000, 1, dtype=torch.float64)
+    error = {steps: (model.dpm_solver(denoise, noise, steps) - (m + d * noise)).abs().mean().item()
+             for steps in (10, 20, 40)}
+    assert error[40] < 0.003 and error[20] < error[10] / 3 and error[40] < error[20] / 3
+    assert model.dpm_solver(denoise, noise, 1).std() < 1e-9                     # one step: x0 at t = 1 is the mean
+
+
+def test_guidance_is_linear_and_skips_what_it_does_not_need():
+    calls = []
+
+    def dit(x, t, w, landmarks):
+        calls.append(bool(w.any()))
+        return 0.1 * w.mean() * torch.ones_like(x)
+    x, w = torch.zeros(2, 3, 4, 4), torch.ones(2, 8)
+    x0 = {g: model.guided(dit, w, None, g)(x, 1.0) for g in (0.0, 1.0, 3.0)}    # at t = 1, x0 = -v
+    assert torch.allclose(x0[3.0], 3 * x0[1.0] - 2 * x0[0.0]) and torch.allclose(x0[1.0], torch.tensor(-0.1))
+    calls.clear()
+    denoise = model.guided(dit, w, None, 2.0, interval=(0.3, 0.6))
+    for t in (0.9, 0.5, 0.1):
+        denoise(x, t)
+    assert calls == [True, True, False, True]
+
+
+# ----------------------------------------------------------------------------------------------- saving, loading
+
+
+def test_save_and_load_give_back_the_same_network(tmp_path):
+    net, prototypes = model.Recogniser(model.FRConfig(size=32, **model.FR_ARCHS["tiny"])), model.Prototypes(3, 2, 64)
+    net(torch.randn(4, 3, 32, 32))                                              # moves the running statistics
+    tensors = {f"backbone.{name}": t for name, t in net.state_dict().items()}
+    tensors |= {f"prototypes.{name}": t for name, t in prototypes.state_dict().items()}
+    model.save_model(tmp_path, "fr", net.cfg, tensors, names=["a", "b", "ü"])
+    loaded, loaded_prototypes, meta = model.load_recogniser(tmp_path, CPU)
+    assert meta["names"] == ["a", "b", "ü"] and not loaded.training
+    for name, t in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], t)
+    assert torch.equal(loaded_prototypes.unit(), prototypes.unit())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [0, 7, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_one_clear_line(tmp_path, keep, capsys):
+    model.save_model(tmp_path, "dit", TINY_DIT, model.DiT(TINY_DIT).state_dict())
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:keep if keep > 1 else int(keep * len(content))])
+    with pytest.raises(SystemExit) as stop:
+        model.load_model(tmp_path, "dit")
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# -------------------------------------------------------------------------------------------------------- faces
+
+
+def test_similarity_is_least_squares():
+    source, target = torch.randn(3, 5, 2, dtype=torch.float64), torch.randn(3, 5, 2, dtype=torch.float64)
+    scale, shift = data.similarity(source, target)
+    for s, t, moved in zip(source.numpy(), target.numpy(), data.move(source, scale, shift).numpy()):
+        rows = np.concatenate([np.stack([s[:, 0], -s[:, 1], np.ones(5), np.zeros(5)], 1),   # x' = a x - b y + c
+                               np.stack([s[:, 1], s[:, 0], np.zeros(5), np.ones(5)], 1)])   # y' = a y + b x + d
+        solution = np.linalg.lstsq(rows, t.T.reshape(-1), rcond=None)[0]
+        assert np.allclose((rows @ solution).reshape(2, 5).T, moved)
+
+
+def test_drawn_people_are_themselves_in_every_picture():
+    who = torch.rand(6, data.IDENTITY_DIALS).repeat_interleave(5, 0)
+    images, landmarks = data.draw_faces(who, torch.rand(30, data.NUISANCE_DIALS), 32)
+    assert images.shape == (30, 3, 32, 32) and images.isfinite().all() and images.min() >= 0 and images.max() <= 1
+    assert (landmarks - data.TEMPLATE).abs().mean() < 0.08                      # aligned to the template, but for pose
+    yaw = torch.full((2, data.NUISANCE_DIALS), 0.5)
+    yaw[0, 0], yaw[1, 0] = 0, 1                                                 # the first nuisance dial is yaw
+    turned = sample.yaw_of(data.draw_faces(who[:1].expand(2, -1), yaw, 32)[1])
+    assert turned[0] * turned[1] < 0 and (turned[0] - turned[1]).abs() > 0.5
+
+
+def test_landmarks_lie_on_the_features():
+    """Where a landmark says an eye is, the drawing has the eye: repainting eyes changes pixels there and little elsewhere."""
+    who, how = torch.full((1, data.IDENTITY_DIALS), 0.5), torch.full((1, data.NUISANCE_DIALS), 0.5)
+    one, landmarks = data.draw_faces(who, how, 112)
+    changed = []
+    for dial in range(data.NUISANCE_DIALS):
+        shut = how.clone()
+        shut[0, dial] = 0.0
+        difference = (data.draw_faces(who, shut, 112)[0] - one).abs().sum(1)[0]
+        weight = difference / difference.sum().clamp(min=1e-9)
+        near = sum(weight[max(0, int(y * 112) - 9):int(y * 112) + 10, max(0, int(x * 112) - 12):int(x * 112) + 13].sum()
+                   for x, y in landmarks[0, :2])
+        changed.append(near.item())
+    assert max(changed) > 0.95                                        # the eyelid dial moves eyes alone
+
+
+def folder(root, people, per_person, size=32, landmarks=True):
+    """A small image folder of drawn people, for tests."""
+    who = torch.rand(people, data.IDENTITY_DIALS).repeat_interleave(per_person, 0)
+    images, points = data.draw_faces(who, torch.rand(len(who), data.NUISANCE_DIALS), size)
+    files = [f"person {i // per_person}/{i % per_person}.png" for i in range(len(who))]
+    for name, image in zip(files, images):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        data.to_pil_image(image).save(root / name)
+    if landmarks:
+        data.write_landmarks(root / "landmarks.csv", files, points * size)
+    return images, points
+
+
+def test_sources_unite_by_identity_name(tmp_path):
+    images, points = folder(tmp_path / "a", 3, 2)
+    folder(tmp_path / "b", 4, 1, size=48, landmarks=False)
+    faces = data.Faces([tmp_path / "a", tmp_path / "b"])
+    assert list(faces.names) == ["person 0", "person 1", "person 2", "person 3"] and faces.size == 32
+    assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2, 3]
+    x, y, landmarks = faces.__getitems__([3, 9])
+    assert x.dtype == torch.uint8 and x.shape == (2, 3, 32, 32) and y.tolist() == [1, 3]
+    assert (x[0] / 255 - images[3]).abs().max() < 0.003
+    assert torch.allclose(landmarks[0], points[3], atol=1e-3) and landmarks[1].isnan().all()
+    lazy = data.Faces([tmp_path / "a", tmp_path / "b"], memory=0)               # the way large sets are read
+    assert torch.equal(lazy.__getitems__([3, 9])[0], x)
+
+
+def test_batches_are_a_function_of_the_step(tmp_path):
+    folder(tmp_path / "a", 5, 2)
+    faces = data.Faces([tmp_path / "a"])
+    whole = [labels.tolist() for _, labels, _ in data.batches(faces, 3, 0, 0, 9)]
+    assert whole[4:] == [labels.tolist() for _, labels, _ in data.batches(faces, 3, 0, 4, 9)]
+    assert len(whole) == 9 and whole[:3] != whole[3:6]
+    assert sorted(sum(whole[:3], []))[0] == 0 and len(sum(whole[:3], [])) == 9  # one epoch, the remainder dropped
+
+
+def test_benchmark_round_trip_and_protocol(tmp_path):
+    people = torch.stack([torch.full((4, 3, 8, 8), 10 * i, dtype=torch.uint8) for i in range(20)])
+    data.write_bin(tmp_path / "t.bin", people, torch.Generator().manual_seed(0))
+    images, same = data.read_bin(tmp_path / "t.bin", 8)
+    first, second = images[0::2, 0, 0, 0], images[1::2, 0, 0, 0]
+    assert torch.equal(first == second, same) and same.float().mean() == 0.5
+    for fold in range(10):                                                      # folds share no person
+        inside = {*first.chunk(10)[fold].tolist(), *second.chunk(10)[fold].tolist()}
+        assert len(inside) == 2
+
+
+def test_a_hostile_benchmark_runs_nothing(tmp_path, capsys):
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+    (tmp_path / "bad.bin").write_bytes(pickle.dumps((Payload(), [True])))
+    with pytest.raises(SystemExit) as stop:
+        data.read_bin(tmp_path / "bad.bin", 32)
+    assert stop.value.code == 2 and not (tmp_path / "owned").exists()
+    assert "system" in capsys.readouterr().err
+
+
+def test_benchmarks_written_by_python_2_with_numpy_images_are_read(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    bins = [np.frombuffer(buffer.getvalue(), np.uint8) for _ in range(20)]
+    (tmp_path / "old.bin").write_bytes(pickle.dumps((bins, [True] * 10), protocol=2))
+    images, same = data.read_bin(tmp_path / "old.bin", 8)
+    assert images.shape == (20, 3, 8, 8) and images[:, 0].min() == 255 and same.all()
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_verification_against_a_literal_protocol(monkeypatch):
+    for pairs in (100, 103):                                                    # also folds of unequal size
+        f = F.normalize(torch.randn(2 * pairs, 4))
+        f[1::2] = F.normalize(f[0::2] + 0.8 * torch.randn(pairs, 4))
+        same = torch.rand(pairs) < 0.5
+        f[2:40:2], f[3:40:2] = f[0], f[1]                                       # ties
+        monkeypatch.setattr(evaluate, "embed", lambda *_: f)
+        result = evaluate.verification(None, None, same)
+        distance = [sum((a - b) ** 2 for a, b in zip(x, y)) for x, y in zip(f[0::2].tolist(), f[1::2].tolist())]
+        indices, accuracies, start = list(range(pairs)), [], 0
+        for fold in range(10):
+            stop = start + pairs // 10 + (fold < pairs % 10)
+            test = indices[start:stop]
+            train = [i for i in indices if i not in test]
+            scores = [np.mean([(distance[i] < threshold) == bool(same[i]) for i in train])
+                      for threshold in np.arange(0, 4, 0.01)]
+            threshold = np.arange(0, 4, 0.01)[int(np.argmax(scores))]
+            accuracies.append(np.mean([(distance[i] < threshold) == bool(same[i]) for i in test]))
+            start = stop
+        assert result["accuracy"] == pytest.approx(np.mean(accuracies))
+        assert result["std"] == pytest.approx(np.std(accuracies))
+
+
+def test_consistency_separability_and_nearest_against_loops():
+    f, labels = F.normalize(torch.randn(12, 6)), torch.tensor([0] * 5 + [1] * 4 + [2] * 2 + [3])
+    C, S = evaluate.consistency_separability(f, labels, 4)
+    pairs = [[(f[i] @ f[j]).item() for i in range(12) for j in range(i) if labels[i] == labels[j] == c] for c in range(3)]
+    centres = [F.normalize(f[labels == c].mean(0), dim=0) for c in range(4)]
+    assert C == pytest.approx(np.mean([np.mean(p) for p in pairs]), abs=1e-5)
+    assert S == pytest.approx(np.mean([1 - (centres[i] @ centres[j]).item() for i in range(4) for j in range(4) if i != j]),
+                              abs=1e-5)
+    close = evaluate.nearest(f, torch.stack(centres), own=labels, chunk=5)
+    assert close.tolist() == pytest.approx([max((f[i] @ centres[c]).item() for c in range(4) if c != labels[i])
+                                            for i in range(12)], abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- sampling
+
+
+def test_poses_are_spread_over_yaw_and_people():
+    bank = torch.rand(400, 5, 2) * 0.1 + data.TEMPLATE
+    people, by_yaw = torch.arange(400) // 10, sample.yaw_of(bank).argsort()
+    poses = sample.choose_poses(by_yaw, people, 8, sample.seeded(0, 1, "poses"))
+    assert poses == sample.choose_poses(by_yaw, people, 8, sample.seeded(0, 1, "poses"))
+    assert poses != sample.choose_poses(by_yaw, people, 8, sample.seeded(0, 2, "poses"))
+    yaw = sample.yaw_of(bank)[poses]
+    assert len(set(people[poses].tolist())) == 8 and (yaw.diff() >= 0).all()
+    assert len(sample.choose_poses(by_yaw[:4], people, 8, sample.seeded(0))) == 8   # fewer people than pictures
+
+
+# --------------------------------------------------------------------------------- the scripts, as a user runs them
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """All four scripts once, on a small drawn set: (working folder, printed texts)."""
+    cwd = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    folder(cwd / "faces", 24, 4)
+    people = (255 * data.draw_faces(torch.rand(20, data.IDENTITY_DIALS).repeat_interleave(4, 0),
+                                    torch.rand(80, data.NUISANCE_DIALS), 32)[0]).to(torch.uint8)
+    data.write_bin(cwd / "faces/held.bin", people.view(20, 4, 3, 32, 32), torch.Generator().manual_seed(0))
+    printed = {"fr": script("fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 2, cwd=cwd),
+               "dit": script("dit_train.py", "--steps", 4, "--batch", 8, cwd=cwd),
+               "sample": script("sample.py", "--virtual", 5, "--per-id", 3, "--steps", 2, "--batch", 4, cwd=cwd),
+               "fr-virtual": script("fr_train.py", "--data", "runs/virtual", "--virtual", 0, "--out", "runs/fr-virtual",
+                                    "--batch", 8, "--epochs", 1, cwd=cwd),
+               "evaluate": script("evaluate.py", cwd=cwd)}
+    return cwd, printed
+
+
+def test_pipeline_leaves_what_the_readme_says(pipeline):
+    cwd, printed = pipeline
+    files = sorted(path.relative_to(cwd / "runs/virtual").as_posix() for path in (cwd / "runs/virtual").rglob("*.*"))
+    pictures = [f"v{i:06d}/{j:04d}.jpg" for i in range(5) for j in range(3)]
+    assert files == ["grid.jpg", "manifest.csv", "run.json", *pictures]
+    rows = list(csv.DictReader((cwd / "runs/virtual/manifest.csv").open()))
+    assert [row["file"] for row in rows] == pictures and all(-1 <= float(row["cos_own"]) <= 1 for row in rows)
+    assert all(Image.open(cwd / "runs/virtual" / name).size == (32, 32) for name in pictures)
+    assert len(list((cwd / "runs/dit").glob("preview-*.jpg"))) == 4
+    report = json.loads((cwd / "runs/report/report.json").read_text())
+    assert set(report["models"]) == {"runs/fr", "runs/fr-virtual"}
+    for scores in report["models"].values():
+        assert 0 <= scores["held"]["accuracy"] <= 1 and scores["average"] == scores["held"]["accuracy"]
+    row = report["datasets"]["runs/virtual"]
+    assert (row["identities"], row["images"]) == (5, 15) and row["leakage"]["verdict"] in ("clean", "leaks")
+    assert set(row["leakage"]) >= {"threshold", "images_over", "q99", "baseline_q99", "verdict"}
+    assert "virtual-real" in printed["fr"] and "own cosine real" in printed["dit"] and "runs/fr-virtual" in printed["evaluate"]
+
+
+def test_a_finished_run_is_not_run_again(pipeline):
+    cwd, _ = pipeline
+    before = (cwd / "runs/virtual/v000000/0000.jpg").stat().st_mtime_ns
+    assert "already complete" in script("sample.py", "--virtual", 5, "--per-id", 3, "--steps", 2, cwd=cwd)
+    assert (cwd / "runs/virtual/v000000/0000.jpg").stat().st_mtime_ns == before
+    error = script("sample.py", "--virtual", 4, "--per-id", 3, "--steps", 2, cwd=cwd, code=2)
+    assert "virtual = 5, now 4" in error
+    assert "epochs = 2, now 3" in script("fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 3, cwd=cwd, code=2)
+
+
+def test_interrupted_sampling_gives_the_same_set(pipeline, tmp_path):
+    cwd, _ = pipeline
+    arguments = ("--virtual", 5, "--per-id", 3, "--steps", 2, "--batch", 4, "--out", tmp_path / "set")
+    script("sample.py", *arguments, cwd=cwd)
+    manifest = (tmp_path / "set/manifest.csv").read_text()
+    lines = manifest.splitlines(keepends=True)
+    (tmp_path / "set/manifest.part.csv").write_text("".join(lines[:7]) + lines[7][:5])  # killed in the second batch
+    (tmp_path / "set/manifest.csv").unlink()
+    (tmp_path / "set/v000003/0002.jpg").unlink()
+    assert "at image 4 of 15" in script("sample.py", *arguments, cwd=cwd)
+    assert (tmp_path / "set/manifest.csv").read_text() == manifest
+    for path in (cwd / "runs/virtual").rglob("*.jpg"):
+        assert (tmp_path / "set" / path.relative_to(cwd / "runs/virtual")).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("stage, arguments", [("fr", ("fr_train.py", "--data", "faces", "--batch", 16, "--epochs", 20)),
+                                              ("dit", ("dit_train.py", "--steps", 4, "--batch", 8, "--preview", 2))])
+def test_killed_training_continues_to_the_same_weights(pipeline, tmp_path, stage, arguments):
+    """Stops a run with SIGKILL right after its first checkpoint; the same command ends where an unkilled run ends."""
+    cwd, _ = pipeline
+    script(*arguments, "--out", tmp_path / "whole", cwd=cwd)
+    killer = ("import os, runpy, signal, sys, model; save = model.save_model\n"
+              "def save_and_die(*a, **b): save(*a, **b); os.kill(os.getpid(), signal.SIGKILL)\n"
+              f"model.save_model = save_and_die; sys.argv = {[str(a) for a in arguments] + ['--out', str(tmp_path / 'cut')]!r}\n"
+              f"runpy.run_path({str(HERE / arguments[0])!r}, run_name='__main__')")
+    env = {**os.environ, "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
+    assert subprocess.run([sys.executable, "-c", killer], cwd=cwd, env=env, capture_output=True).returncode == -9
+    assert "continuing" in script(*arguments, "--out", tmp_path / "cut", cwd=cwd)
+    whole, cut = (model.load_model(tmp_path / name, stage)[0] for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def bad_input(case, root):
+    """Makes one kind of bad input in root; -> (arguments, what the error must name)."""
+    if case == "missing folder":
+        return ("fr_train.py", "--data", root / "nowhere"), "nowhere: no such folder"
+    if case == "empty folder":
+        return ("fr_train.py", "--data", root), "no images"
+    if case == "no identity folders":
+        Image.new("RGB", (32, 32)).save(root / "a.jpg")
+        return ("fr_train.py", "--data", root), "expected identity/image.jpg"
+    if case == "one identity":
+        folder(root, 1, 4)
+        return ("fr_train.py", "--data", root), "two identities"
+    if case == "unreadable image":
+        folder(root, 2, 4)
+        (root / "person 0/2.png").write_bytes(b"not an image")
+        return ("fr_train.py", "--data", root), "person 0/2.png"
+    if case == "odd size":
+        folder(root, 2, 2)
+        return ("fr_train.py", "--data", root, "--size", 40), "multiple of 16"
+    if case == "no recogniser":
+        return ("dit_train.py", "--fr", root), "no such checkpoint"
+    if case == "wrong stage":
+        return ("dit_train.py", "--fr", "runs/dit"), "expected a 'fr' checkpoint"
+    if case == "checkpoint of another size":
+        folder(root, 4, 2, size=48)
+        script("fr_train.py", "--data", root, "--out", root / "fr48", "--epochs", 1, "--batch", 4, cwd=root)
+        return ("sample.py", "--fr", root / "fr48", "--virtual", 2), "48 px"
+    if case == "no landmarks":
+        folder(root, 2, 2, landmarks=False)
+        script("fr_train.py", "--data", root, "--out", root / "fr", "--epochs", 1, "--batch", 2, cwd=root)
+        return ("dit_train.py", "--fr", root / "fr"), "no landmarks"
+    if case == "people nobody knows":
+        folder(root, 30, 1)
+        return ("dit_train.py", "--data", root), "have no prototype"
+    if case == "too many virtual people":
+        return ("sample.py", "--virtual", 25), "expected 1 to 24"
+    if case == "broken benchmark":
+        (root / "x.bin").write_bytes(b"\x80\x04nonsense")
+        return ("evaluate.py", "--pairs", root / "x.bin"), "x.bin"
+
+
+@pytest.mark.parametrize("case", ["missing folder", "empty folder", "no identity folders", "one identity", "unreadable image",
+                                  "odd size", "no recogniser", "wrong stage", "checkpoint of another size", "no landmarks",
+                                  "people nobody knows", "too many virtual people", "broken benchmark"])
+def test_bad_input_is_one_clear_line_and_nothing_is_written(pipeline, tmp_path, case):
+    arguments, named = bad_input(case, tmp_path)
+    error = script(*arguments, "--out", tmp_path / "out", cwd=pipeline[0], code=2)
+    lines = [line for line in error.replace("\r", "\n").splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and named in lines[0], error
+    assert not (tmp_path / "out").exists()
