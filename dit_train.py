@@ -63,7 +63,7 @@ def main():
 
     torch.manual_seed(args.seed)
     dit = DiT(cfg).to(device).train()
-    decay = min(0.9999, 1 - 20 / steps)                         # the average spans a twentieth of a short run
+    decay = min(0.9999, steps / (steps + 20))                   # of 2,000 steps it averages the last hundred or so
     average = AveragedModel(dit, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
     fast, fast_backbone = (compiled(module, device, steps * batch) for module in (dit, backbone))
     optimizer = torch.optim.AdamW(dit.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)

