@@ -1,9 +1,9 @@
-"""Verification accuracy of recognisers, and quality and leakage of face datasets, side by side in one report.
+"""Accuracy of recognisers, and quality and leakage of face datasets, side by side in one report.
 
-    python evaluate.py                                      # every runs/fr*, and runs/virtual against the real training set
-    python evaluate.py --fr runs/fr runs/fr-virtual --pairs lfw.bin cfp_fp.bin --datasets runs/virtual --real casia/
+    python evaluate.py                      # every runs/fr*; runs/virtual against the real training set
+    python evaluate.py --fr runs/fr runs/fr-virtual --pairs lfw.bin --datasets runs/virtual --real casia/
 
-The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.md, and prints the same tables.
+The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.md, prints the same tables.
 """
 import argparse
 import json
@@ -18,18 +18,19 @@ from data import Faces, read_bin
 from model import embed, fail, load_recogniser, replace_file
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--fr", nargs="+", metavar="DIR", help="recognisers' run folders (default: every runs/fr* there is)")
-parser.add_argument("--pairs", nargs="+", metavar="BIN", help="benchmarks (default: those of the first recogniser's data)")
-parser.add_argument("--datasets", nargs="*", metavar="DIR", help="image folders to judge (default: runs/virtual if there)")
-parser.add_argument("--real", nargs="+", metavar="DIR", help="real faces nobody may leak (default: the first recogniser's data)")
-parser.add_argument("--out", default="runs/report", metavar="DIR", help="report folder (default: runs/report)")
+flag = parser.add_argument
+flag("--fr", nargs="+", metavar="DIR", help="recognisers' run folders (default: every runs/fr*)")
+flag("--pairs", nargs="+", metavar="BIN", help="benchmarks (default: those of the first recogniser)")
+flag("--datasets", nargs="*", metavar="DIR", help="image folders to judge (default: runs/virtual if there)")
+flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the first recogniser's data)")
+flag("--out", default="runs/report", metavar="DIR", help="report folder (default: %(default)s)")
 
 
 def verification(backbone, images, same, folds=10):
-    """Accuracy and its spread over folds, as fractions, of pairs (images 2p, 2p + 1 are the same person: same[p]).
+    """Accuracy and its spread over folds, as fractions; images 2p, 2p + 1 show the same person if same[p].
 
-    The field's protocol: |f1 - f2|^2 of flip-summed unit embeddings under a threshold from 0 to 4 by 0.01; ten
-    contiguous folds, each judged at the first threshold that is best on the other nine.
+    The field's protocol: |f1 - f2|^2 of flip-summed unit embeddings against a threshold from 0 to 4 by 0.01;
+    ten contiguous folds, each judged at the first threshold that is best on the other nine.
     """
     f, same = embed(backbone, images).cpu(), same.numpy()
     distance = (f[0::2] - f[1::2]).square().sum(1).numpy()                      # (P,)
@@ -43,7 +44,7 @@ def verification(backbone, images, same, folds=10):
 
 
 def nearest(queries, centres, own=None, chunk=4096):
-    """Cosine (M,) of each unit query (M, D) to its nearest unit centre (K, D), not counting centre own[i] (M,)."""
+    """Cosine (M,) of unit queries (M, D) to the nearest unit centre (K, D), centre own[i] (M,) left out."""
     best = []
     for start in range(0, len(queries), chunk):
         cos = queries[start:start + chunk] @ centres.T
@@ -53,122 +54,117 @@ def nearest(queries, centres, own=None, chunk=4096):
     return torch.cat(best)
 
 
-@torch.no_grad()
-def embed_faces(backbone, faces, chunk=512):
-    """Unit embeddings (M, D) of a whole image source, on the backbone's device."""
+def embed_faces(backbone, faces, device, chunk=512):
+    """Unit embeddings (M, D) and labels (M,) of a whole image source."""
     pieces = torch.arange(len(faces)).split(chunk)
-    return torch.cat([embed(backbone, faces.__getitems__(piece)[0])
-                      for piece in tqdm(pieces, "embedding", leave=False, mininterval=1)])
+    f = [embed(backbone, faces.__getitems__(piece)[0]) for piece in tqdm(pieces, "embedding", leave=False)]
+    return torch.cat(f), faces.labels.to(device)
 
 
-def sums(f, labels, classes):
-    """Sum (I, D) and number (I,) of the embeddings of each class."""
-    total = torch.zeros(classes, f.shape[1], device=f.device).index_add_(0, labels, f)
-    return total, torch.bincount(labels, minlength=classes)
+def class_centres(f, labels):
+    """Of each class: unit centre (I, D), length of the sum of its embeddings (I,), number of images (I,)."""
+    count = torch.bincount(labels)
+    total = torch.zeros(len(count), f.shape[1], device=f.device).index_add_(0, labels, f)
+    return F.normalize(total), total.norm(dim=1), count
 
 
-def consistency_separability(f, labels, classes):
-    """C, the mean cosine of pairs within a class (None without any); S, the mean cosine distance between class centres."""
-    total, count = sums(f, labels, classes)
-    many = count > 1
-    within = (total.square().sum(1) - count) / (count * (count - 1)).clamp(min=1)   # sum over pairs i != j of f_i f_j
-    centres = F.normalize(total)
-    between = (centres.sum(0) @ centres.sum(0) - classes) / max(1, classes * (classes - 1))
+def consistency_separability(f, labels):
+    """C, mean cosine of two images of a class (None without any); S, mean cosine distance of two centres."""
+    centres, length, count = class_centres(f, labels)
+    many, classes = count > 1, len(count)
+    within = (length ** 2 - count) / (count * (count - 1)).clamp(min=1)         # mean of f_i f_j over i != j
+    between = (centres.sum(0).square().sum() - classes) / max(1, classes * (classes - 1))
     return within[many].mean().item() if many.any() else None, 1 - between.item()
 
 
-def judge_dataset(backbone, prototypes, faces, real_centres, baseline):
-    """One dataset's row of the report: consistency, separability, own_top1, and leakage against real class centres.
+def judge(faces, f, labels, prototypes, real_centres, baseline):
+    """One dataset's row of the report: consistency, separability, own_top1, and leakage against real classes.
 
-    baseline (M,): what real images score against the nearest centre of another person. The leakage threshold is its
-    99 % quantile, "two real strangers look this much alike"; a set is clean if at most 1 % of its images exceed it.
+    baseline (M,): the cosine of each real image to the nearest centre of another person. The leakage
+    threshold is its 99 % quantile: two real strangers look this much alike. A set is clean if at most 1 % of
+    it exceeds that.
     """
-    device = real_centres.device
-    f, labels = embed_faces(backbone, faces), faces.labels.to(device)
-    consistency, separability = consistency_separability(f, labels, len(faces.names))
-    closest, threshold = nearest(f, real_centres), baseline.quantile(0.99)
-    q99, over = closest.quantile(0.99).item(), int((closest > threshold).sum())
-    top1, numbers = None, [name[1:] for name in faces.names]
-    if all(name[0] == "v" and name[1:].isdigit() and int(name[1:]) < len(prototypes.virtual) for name in faces.names):
-        owners = torch.tensor([int(number) for number in numbers], device=device)[labels]
-        virtual = prototypes.unit()[len(prototypes.real):]
-        top1 = torch.cat([(piece @ virtual.T).argmax(1) for piece in f.split(4096)]).eq(owners).float().mean().item()
-    clean = over <= 0.01 * len(faces) and q99 <= threshold.item()
+    consistency, separability = consistency_separability(f, labels)
+    closest, threshold = nearest(f, real_centres), baseline.quantile(0.99).item()
+    over, q99, own_top1 = int((closest > threshold).sum()), closest.quantile(0.99).item(), None
+    virtual = prototypes.unit()[len(prototypes.real):]
+    if all(name[0] == "v" and name[1:].isdigit() and int(name[1:]) < len(virtual) for name in faces.names):
+        owner = torch.tensor([int(name[1:]) for name in faces.names], device=f.device)[labels]
+        own_top1 = ((f * virtual[owner]).sum(1) > nearest(f, virtual, owner)).float().mean().item()
+    clean = over <= 0.01 * len(faces) and q99 <= threshold
     return {"identities": len(faces.names), "images": len(faces), "consistency": consistency,
-            "separability": separability, "own_top1": top1,
-            "leakage": {"threshold": threshold.item(), "images_over": over, "q99": q99, "baseline_q99": threshold.item(),
+            "separability": separability, "own_top1": own_top1,
+            "leakage": {"threshold": threshold, "images_over": over, "q99": q99, "baseline_q99": threshold,
                         "verdict": "clean" if clean else "leaks"}}
 
 
-def table(header, rows):
-    """Rows of text as a Markdown table whose columns line up in a terminal too."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [" | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-             for row in [header, *rows]]
-    rule = " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
+def table(header, *rows):
+    """Rows of values as a Markdown table whose columns also line up in a terminal; None is a dash."""
+    texts = [["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
+             for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in texts]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
 def main():
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folders = args.fr or [path.parent.as_posix() for path in sorted(Path("runs").glob("fr*/model.safetensors"))]
+    folders = args.fr or sorted(path.parent.as_posix() for path in Path("runs").glob("fr*/model.safetensors"))
     if not folders:
-        fail("runs/: no recogniser found; train one with fr_train.py or name its folder with --fr")
+        fail("runs/: no recogniser in it; train one with fr_train.py, or name its folder with --fr")
     recognisers = {folder: load_recogniser(folder, device) for folder in folders}
-    judge, prototypes, meta = recognisers[folders[0]]
-    pairs = [Path(path) for path in (meta["val"] if args.pairs is None else args.pairs)]
+    teacher, prototypes, meta = recognisers[folders[0]]
+    pairs = [Path(path) for path in args.pairs or meta["val"]]
 
-    report, loaded = {"judge": folders[0], "models": {}, "datasets": {}}, {}
-    for folder, (backbone, _, fr) in recognisers.items():
-        scores, size = {}, fr["config"]["size"]
+    models, loaded = {}, {}
+    for folder, (backbone, _, _) in recognisers.items():
+        scores, size = {}, backbone.cfg.size
         for path in pairs:
             if (path, size) not in loaded:
                 loaded[path, size] = read_bin(path, size)
             scores[path.stem] = verification(backbone, *loaded[path, size])
-        scores["average"] = float(np.mean([score["accuracy"] for score in scores.values()])) if scores else None
-        report["models"][folder] = scores
+        scores["average"] = sum(s["accuracy"] for s in scores.values()) / len(scores) if scores else None
+        models[folder] = scores
     names = [path.stem for path in pairs]
-    texts = ["Verification accuracy, % (mean ± standard deviation over 10 folds)\n\n" + table(
-        ["recogniser", *names, "average"],
-        [[folder, *(f"{100 * scores[name]['accuracy']:.2f} ± {100 * scores[name]['std']:.2f}" for name in names),
-          f"{100 * scores['average']:.2f}" if names else "-"] for folder, scores in report["models"].items()])]
+    rows = [[folder, *("{accuracy:.2%} ± {std:.2%}".format(**scores[name]) for name in names),
+             f"{scores['average']:.2%}" if names else None] for folder, scores in models.items()]
+    text = "Verification accuracy (mean ± standard deviation over ten folds)\n\n"
+    text += table(["recogniser", *names, "average"], *rows)
     if not names:
-        texts[0] += "\n\nNo benchmark: none beside the training data; name some with --pairs."
+        text += "\n\nNo benchmark lies beside the training data; name some with --pairs."
 
-    datasets = args.datasets
+    datasets, judged, real_row = args.datasets, {}, None
     if datasets is None:
         datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() else []
     if datasets:
-        real = Faces(args.real or meta["data"], meta["config"]["size"])
-        f, labels = embed_faces(judge, real), real.labels.to(device)
-        centres = F.normalize(sums(f, labels, len(real.names))[0])
+        size, source = teacher.cfg.size, args.real or meta["data"]
+        real = Faces(source, size)
+        f, labels = embed_faces(teacher, real, device)
+        centres = class_centres(f, labels)[0]
         baseline = nearest(f, centres, own=labels)
-        rows = []
+        C, S = consistency_separability(f, labels)
+        real_row = {"source": source, "identities": len(real.names), "images": len(real), "consistency": C,
+                    "separability": S}
         for folder in datasets:
-            row = judge_dataset(judge, prototypes, Faces([folder], meta["config"]["size"]), centres, baseline)
-            report["datasets"][folder] = row
-        real_name = " ".join(args.real or meta["data"])
-        C, S = consistency_separability(f, labels, len(real.names))
-        report["real"] = {"source": real_name, "identities": len(real.names), "images": len(real), "consistency": C,
-                          "separability": S}
-        for folder, row in report["datasets"].items():
-            leak, top1 = row["leakage"], "-" if row["own_top1"] is None else f"{100 * row['own_top1']:.1f} %"
-            rows.append([folder, str(row["identities"]), str(row["images"]), f"{row['consistency']:.3f}",
-                         f"{row['separability']:.3f}", top1, f"{leak['q99']:.3f}",
-                         f"{leak['images_over']} over {leak['threshold']:.3f}", leak["verdict"]])
-        rows.append([f"{real_name} (real)", str(len(real.names)), str(len(real)), f"{C:.3f}", f"{S:.3f}", "-",
-                     f"{baseline.quantile(0.99):.3f}", "-", "-"])
-        texts.append(f"Datasets, judged by {folders[0]} (nearest real: cosine to the nearest real class centre, of another "
-                     "person for real images)\n\n" + table(
-                         ["dataset", "people", "images", "consistency", "separability", "own top-1", "nearest real, q99",
-                          "images over", "verdict"], rows))
+            faces = Faces([folder], size)
+            judged[folder] = judge(faces, *embed_faces(teacher, faces, device), prototypes, centres, baseline)
+        header = ["dataset", "people", "images", "consistency", "separability", "own top-1",
+                  "nearest real q99", "images over", "verdict"]
+        rows = [[folder, *list(row.values())[:5], *map(row["leakage"].get, ("q99", "images_over", "verdict"))]
+                for folder, row in judged.items()]
+        rows.append([" ".join(source), *list(real_row.values())[1:], None, baseline.quantile(0.99).item(),
+                     None, "(real)"])
+        text += (f"\n\nDatasets, judged by {folders[0]}; nearest real: cosine to the nearest real person's "
+                 "centre, for real images to another person's\n\n") + table(header, *rows)
+
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    report = {"judge": folders[0], "models": models, "datasets": judged, "real": real_row}
     replace_file(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
-    replace_file(out / "report.md", lambda path: path.write_text("\n\n".join(texts) + "\n"))
-    print("\n\n".join(texts))
-    print(f"\nwrote {out / 'report.json'} and {out / 'report.md'}")
+    replace_file(out / "report.md", lambda path: path.write_text(text + "\n"))
+    print(f"{text}\n\nwrote {out / 'report.json'} and {out / 'report.md'}")
 
 
 if __name__ == "__main__":

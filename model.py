@@ -3,9 +3,10 @@
 Read it top to bottom: small helpers, the recogniser (stage 1), its prototypes and margin loss, the Diffusion
 Transformer (stage 2), the diffusion (schedule, loss, sampler), save and load.
 
-Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, N tokens, C width.
-Images inside the networks are RGB in [-1, 1], (B, 3, S, S); landmarks are (B, 5, 2), x and y in [0, 1] of the
-image, in the order left eye, right eye, nose, left and right mouth corner (left and right of the image).
+Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, N tokens, C
+width. Images inside the networks are RGB in [-1, 1], (B, 3, S, S); landmarks are (B, 5, 2), x and y in [0, 1]
+of the image, in the order left eye, right eye, nose, left and right mouth corner (left and right of the
+image).
 """
 import json
 import math
@@ -47,7 +48,7 @@ def autocast(device):
 
 
 def compiled(module, device, images):
-    """A second, compiled handle of `module`, or on a CPU the module itself if `images` are too few to repay it."""
+    """A second, compiled handle of `module`, or itself on a CPU if `images` are too few to repay."""
     if device.type == "cpu" and images < 30_000:
         return module
     if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
@@ -56,7 +57,7 @@ def compiled(module, device, images):
     return torch.compile(module)
 
 
-# ---------------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings
+# -------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings
 
 
 @dataclass
@@ -68,7 +69,9 @@ class FRConfig:
     units: tuple = (3, 4, 14, 3)        # residual units per stage
 
 
-FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1)), "ir_se50": dict()}
+FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1)),     # for 32 pixels and a laptop
+            "small": dict(dim=64, width=32, units=(1, 2, 2, 1)),
+            "ir_se50": dict()}
 
 
 class SqueezeExcite(nn.Module):
@@ -101,7 +104,7 @@ class ResidualUnit(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """f: images (B, 3, S, S) -> embeddings (B, D); IR-SE50 with the key names of published AdaFace/TFace weights."""
+    """f: images (B, 3, S, S) -> embeddings (B, D); IR-SE50, with the keys of published AdaFace weights."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -129,7 +132,7 @@ class Recogniser(nn.Module):
 
 @torch.no_grad()
 def embed(backbone, images, batch=256):
-    """Unit embeddings (M, D), fp32, of uint8 images (M, 3, S, S): L2norm(f(x) + f(flip x)), as the field tests."""
+    """Unit embeddings (M, D), fp32, of uint8 images (M, 3, S, S): L2norm(f(x) + f(flip x)), as in tests."""
     device, chunks = next(backbone.parameters()).device, []
     for chunk in images.split(batch):
         x = to_float(chunk.to(device, non_blocking=True))
@@ -138,11 +141,11 @@ def embed(backbone, images, batch=256):
     return torch.cat(chunks)
 
 
-# --------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
+# -------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
 
 
 class Prototypes(nn.Module):
-    """n real and k virtual class prototypes in R^D, and sigma^2 (D,), how far real embeddings lie from theirs."""
+    """n real and k virtual class prototypes in R^D, and sigma^2 (D,), the spread of real embeddings."""
 
     def __init__(self, n, k, dim):
         super().__init__()
@@ -156,10 +159,10 @@ class Prototypes(nn.Module):
 
 
 def arcface(cos, labels, scale=64.0, margin=0.5):
-    """ArcFace logits (B, classes): s cos(theta + m) at the label, s cos(theta) elsewhere (Deng et al. 2019, eq. 3).
+    """ArcFace logits (B, classes): s cos(theta + m) at the label, s cos(theta) elsewhere (ArcFace, eq. 3).
 
-    Where theta + m > pi the cosine would rise again: there the target falls on linearly, cos(theta) - m sin(m).
-    The gradient is the exact one, through sin(theta); it is kept finite at cos = +-1.
+    Where theta + m > pi the cosine would rise again: there the target falls on linearly, cos(theta) - m
+    sin(m). The gradient is the exact one, through sin(theta); it is kept finite at cos = +-1.
     """
     target = cos.gather(1, labels[:, None])                                     # (B, 1)
     sin = (1 - target ** 2).clamp(min=1e-9).sqrt()
@@ -174,14 +177,14 @@ def virtual_batch_size(step, k, b_real, n):
 
 
 def vigface_loss(f, labels, prototypes, b_virtual):
-    """The margin loss over real embeddings f (B, D) and b_virtual virtual ones: (real part, virtual part), scalars.
+    """The margin loss over real embeddings f (B, D) and b_virtual virtual ones: scalars (real, virtual).
 
-    Virtual embeddings f'_j = w_v^j + N(0, 1) sigma carry the spread of real ones (sigma^2 by EMA, alpha = 0.9).
-    They never touch the backbone, and for them real prototypes are negatives held fixed: only virtual prototypes
-    are updated. Real embeddings meet the virtual prototypes as negatives, so the backbone keeps clear of them.
-    paper: normalisation unstated; here: f and w on the unit sphere before sigma and f', because there the margin
-    acts. paper: one loss over both batches; here: both sums over b_r, because a mean over b_r + b_v would shrink
-    the backbone's step as k grows.
+    Virtual embeddings f'_j = w_v^j + N(0, 1) sigma carry the spread of real ones (sigma^2 by EMA, alpha =
+    0.9). They never touch the backbone, and for them real prototypes are negatives held fixed: only virtual
+    prototypes are updated. Real embeddings meet the virtual prototypes as negatives, so the backbone keeps
+    clear of them. paper: normalisation unstated; here: f and w on the unit sphere before sigma and f',
+    because there the margin acts. paper: one loss over both batches; here: both sums over b_r, because a mean
+    over b_r + b_v would shrink the backbone's step as k grows.
     """
     with torch.autocast(f.device.type, enabled=False):
         f, n = F.normalize(f.float()), len(prototypes.real)
@@ -194,7 +197,7 @@ def vigface_loss(f, labels, prototypes, b_virtual):
             return loss, torch.zeros_like(loss)
         j = torch.randint(len(virtual), (b_virtual,), device=f.device)
         drawn = F.normalize(virtual[j] + torch.randn_like(virtual[j]) * prototypes.sigma2.sqrt())   # (b_v, D)
-        logits = arcface(drawn @ torch.cat([real.detach(), virtual]).T, n + j)                      # (b_v, n + k)
+        logits = arcface(drawn @ torch.cat([real.detach(), virtual]).T, n + j)                  # (b_v, n + k)
         return loss, F.cross_entropy(logits, n + j, reduction="sum") / len(f)
 
 
@@ -212,11 +215,12 @@ def unpatchify(tokens, patch):
     """Tokens (B, N, c patch^2) back to images (B, c, S, S); the inverse of `patchify`."""
     B, N, width = tokens.shape
     side, c = math.isqrt(N), width // patch ** 2
-    return tokens.view(B, side, side, c, patch, patch).permute(0, 3, 1, 4, 2, 5).reshape(B, c, side * patch, -1)
+    x = tokens.view(B, side, side, c, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, c, side * patch, side * patch)
 
 
 def landmark_image(landmarks, size):
-    """Five soft dots on black, (B, 3, S, S) in [0, 1]: eyes red, nose green, mouth corners blue (the paper's figure)."""
+    """Soft dots on black (B, 3, S, S): eyes red, nose green, mouth corners blue, as in the paper's figure."""
     grid = (torch.arange(size, device=landmarks.device) + 0.5) / size
     dx, dy = (grid - landmarks[..., i, None] for i in (0, 1))                   # (B, 5, S) each
     dots = torch.exp(-(dx[:, :, None, :] ** 2 + dy[:, :, :, None] ** 2) / (2 * 0.025 ** 2))     # (B, 5, S, S)
@@ -231,14 +235,14 @@ def sinusoids(x, width, longest):
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d); the fused kernel on a GPU, plainly on a CPU, where its backward is slow."""
+    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d); fused but for training on a CPU, where it is slow."""
     if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and MLP, shifted, scaled and gated by the condition; the identity at the start (adaLN-Zero)."""
+    """Self-attention and MLP, shifted, scaled, gated by the condition; at first the identity (adaLN-Zero)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -255,7 +259,7 @@ class DiTBlock(nn.Module):
         B, N, C = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)    # (B, 1, C)
         h = self.norm1(x) * (1 + scale1) + shift1
-        q, k, v = self.qkv(h).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)    # (B, heads, N, C/heads)
+        q, k, v = self.qkv(h).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, C/heads)
         h = attention(q, k, v).transpose(1, 2).reshape(B, N, C)
         x = x + gate1 * self.out(h)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -277,10 +281,11 @@ DIT_SIZES = {"Ti": dict(width=192, depth=6, heads=3), "S": dict(width=384, depth
 
 
 class DiT(nn.Module):
-    """v(x_t, t, w, landmarks): Peebles & Xie's DiT in pixel space, conditioned on who (prototype) and pose (landmarks).
+    """v(x_t, t, w, landmarks): the DiT of Peebles & Xie in pixel space, told who (w) and which pose.
 
-    Time, prototype and landmark vectors add up to the adaLN condition; the landmark image also joins the noisy image
-    as input channels, so that pose is exact in space. A prototype of zeros stands for nobody in particular.
+    Time, prototype and landmark vectors add up to the adaLN condition; the landmark image also joins the
+    noisy image as input channels, so that pose is exact in space. A prototype of zeros stands for nobody in
+    particular.
     """
 
     def __init__(self, cfg):
@@ -301,7 +306,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, t, w, landmarks):                                      # (B,3,S,S), (B,), (B,D), (B,5,2)
+    def forward(self, x, t, w, landmarks):                                   # (B,3,S,S), (B,), (B,D), (B,5,2)
         c = self.time(sinusoids(1000 * t, 256, 10_000))                         # (B, C)
         c = c + self.identity(w * self.cfg.dim ** 0.5) + self.pose(4 * landmarks.flatten(1) - 2)
         c = F.silu(c)
@@ -314,7 +319,7 @@ class DiT(nn.Module):
         return unpatchify(x, self.cfg.patch)                                    # (B, 3, S, S)
 
 
-# ----------------------------------------------------------------- diffusion: the one place that states conventions
+# ----------------------------------------------------------- diffusion: the one place that states conventions
 #
 #   x_t = a x + s e,   v = a e - s x,   so   x = a x_t - s v   and   e = s x_t + a v,
 #   a = cos(pi t / 2), s = sin(pi t / 2):  t = 0 is the image, t = 1 is noise.
@@ -327,11 +332,11 @@ def signal_noise(t):
 
 
 def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
-    """Stage 2's two losses on images x (B, 3, S, S) of people w (B, D): (MSE of v, squared identity distance).
+    """Stage 2's two losses on images x (B, 3, S, S) of people w (B, D): MSE of v, squared identity distance.
 
     t is logit-normal (Esser et al. 2024). w becomes zeros with probability `drop`, so that guidance has an
-    unconditional model. The identity loss |f(x0_hat) / |f| - w|^2 is weighted by a^2 = SNR / (1 + SNR): near t = 1
-    x0_hat is an average face on which f means nothing, and there its gradient would only draw texture.
+    unconditional model. The identity loss |f(x0_hat) / |f| - w|^2 is weighted by a^2 = SNR / (1 + SNR): near
+    t = 1 x0_hat is an average face on which f means nothing, and there its gradient would only draw texture.
     It is zero where w was dropped: nobody was asked for.
     """
     t = torch.randn(len(x), device=x.device).sigmoid()
@@ -362,10 +367,11 @@ def guided(dit, w, landmarks, guidance=1.0, interval=(0.0, 1.0)):
 
 
 def dpm_solver(denoise, x, steps):
-    """DPM-Solver++(2M) (Lu et al. 2022): noise x (B, ...) at t = 1 to an image at t = 0, one `denoise(x, t)` a step.
+    """DPM-Solver++(2M) (Lu et al. 2022): noise x (B, ...) at t = 1 to an image at t = 0.
 
-    With half log-SNR l = log(a / s) and h = l_next - l, each step extrapolates x0 from the last two; the first step
-    (l = -inf) and the last (l = inf) are of first order, where both orders agree or the second has no meaning.
+    With half log-SNR l = log(a / s) and h = l_next - l, each step extrapolates x0 from the last two; the
+    first step (l = -inf) and the last (l = inf) are of first order, where both orders agree or the second has
+    no meaning.
     """
     times = [1 - i / steps for i in range(steps + 1)]
     previous, h_previous = None, math.inf
@@ -377,15 +383,15 @@ def dpm_solver(denoise, x, steps):
         a_next, s_next = math.cos(math.pi * t_next / 2), math.sin(math.pi * t_next / 2)
         h = math.inf if t == 1 else math.log(a_next / s_next) - math.log(a / s)
         estimate = x0 if h_previous == math.inf else x0 + (x0 - previous) * h / (2 * h_previous)
-        x = s_next / s * x + (a_next - a * s_next / s) * estimate               # s_next/s x - a_next (e^-h - 1) x0
+        x = s_next / s * x + (a_next - a * s_next / s) * estimate        # x s_next / s - a_next (e^-h - 1) x0
         previous, h_previous = x0, h
 
 
-# ------------------------------------------------------------------------------------------------ save and load
+# ---------------------------------------------------------------------------------------------- save and load
 
 
 def replace_file(path, write):
-    """Lets `write(temporary_path)` make a file, flushes it to disk and renames it to `path`: no reader sees half of it."""
+    """Lets `write(temporary path)` make a file, flushes and renames it to `path`: nobody reads half."""
     temporary = Path(f"{path}.tmp")
     write(temporary)
     with open(temporary, "rb+") as file:
@@ -394,14 +400,14 @@ def replace_file(path, write):
 
 
 def save_model(folder, stage, config, tensors, **meta):
-    """Writes folder/model.safetensors: tensors, with stage, architecture and what later stages need as JSON metadata."""
+    """Writes folder/model.safetensors: tensors; stage, architecture and what later stages need as JSON."""
     text = json.dumps({"stage": stage, "config": asdict(config), **meta})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     replace_file(Path(folder) / "model.safetensors", lambda path: save_file(tensors, path, {"vigface": text}))
 
 
 def load_model(folder, stage):
-    """Tensors and metadata of folder/model.safetensors; ends the program if it is not a `stage` ('fr', 'dit') model."""
+    """Tensors and metadata of folder/model.safetensors; ends the program if it is no `stage` model."""
     path = Path(folder) / "model.safetensors"
     make = {"fr": "fr_train.py", "dit": "dit_train.py"}[stage]
     if not path.is_file():
@@ -413,7 +419,7 @@ def load_model(folder, stage):
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         fail(f"{path}: not a VIGFace checkpoint ({type(error).__name__}: {error}); make it again with {make}")
     if meta["stage"] != stage:
-        fail(f"{path}: expected a '{stage}' checkpoint, found '{meta['stage']}'; name the folder {make} wrote")
+        fail(f"{path}: expected a '{stage}' checkpoint, found '{meta['stage']}'; name one {make} wrote")
     return tensors, meta
 
 
@@ -423,33 +429,43 @@ def part(tensors, prefix):
 
 
 def load_recogniser(folder, device):
-    """Frozen backbone and prototypes in eval mode on `device`, and the metadata, of a folder fr_train.py wrote."""
+    """Backbone and prototypes, frozen, on `device`, and the metadata, of a folder fr_train.py wrote."""
     tensors, meta = load_model(folder, "fr")
     backbone = Recogniser(FRConfig(**meta["config"]))
     backbone.load_state_dict(part(tensors, "backbone"))
-    prototypes = Prototypes(len(tensors["prototypes.real"]), len(tensors["prototypes.virtual"]), meta["config"]["dim"])
+    n, k = (len(tensors[f"prototypes.{kind}"]) for kind in ("real", "virtual"))
+    prototypes = Prototypes(n, k, meta["config"]["dim"])
     prototypes.load_state_dict(part(tensors, "prototypes"))
-    channels_last = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return (backbone.to(device, memory_format=channels_last).eval().requires_grad_(False),
-            prototypes.to(device).eval().requires_grad_(False), meta)
+    backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return backbone, prototypes.to(device).requires_grad_(False), meta
 
 
-def save_state(path, config, **parts):
-    """Writes a resume state: the run's settings, and any state dicts and numbers, loadable without pickle's powers."""
-    replace_file(path, lambda temporary: torch.save({"config": config, **parts}, temporary))
+def save_state(path, settings, step, modules):
+    """Writes what a killed run continues from: settings, step, the state of {name: module or optimizer}."""
+    state = {"settings": settings, "step": step} | {name: part.state_dict() for name, part in modules.items()}
+    replace_file(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_state(path, config):
-    """The state saved at `path`, or None if there is none; ends the program if it belongs to other settings."""
+def resume(path, settings, modules):
+    """Loads the modules saved at `path`, if any, and returns the step; other settings end the program."""
     if not Path(path).is_file():
-        return None
+        return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["config"]
-    except Exception as error:                                    # a truncated zip fails in many ways
+        saved = state["settings"]
+    except Exception as error:                                          # a truncated zip fails in many ways
         fail(f"{path}: unreadable resume state ({type(error).__name__}); delete it to start over")
-    for key in config:
-        if saved.get(key) != config[key]:
-            fail(f"{path}: this run was started with {key} = {saved.get(key)}, now {config[key]}; "
+    for key in settings:
+        if saved.get(key) != settings[key]:
+            fail(f"{path}: this run was started with {key} = {saved.get(key)}, now {settings[key]}; "
                  f"give the same settings, another --out, or delete {Path(path).parent}")
-    return state
+    for name, module in modules.items():
+        module.load_state_dict(state[name])
+    print(f"continuing {Path(path).parent} at step {state['step']}")
+    return state["step"]
+
+
+def stop_unless_finite(losses, step, out):
+    """Ends a run whose mean losses, a list of floats, are no longer numbers; its last checkpoint stays."""
+    if not all(map(math.isfinite, losses)):
+        fail(f"{out}: the loss is {losses} at step {step}; the last checkpoint is kept; lower --lr")
