@@ -8,10 +8,12 @@ Writes OUT/model.safetensors (backbone, real and virtual prototypes, sigma) and 
 same command continues a run that was killed.
 """
 import argparse
+import math
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Faces, batches, benchmarks
@@ -31,12 +33,36 @@ flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as m
 flag("--epochs", type=int, help="(default: 26 for ir_se50, 10 for others; more if that is under 1,250 steps)")
 flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for others)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
+flag("--augment", action="store_true", help="AdaFace's augmentations besides mirroring (default: off)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 
 def learning_rate(step, steps, warmup, peak):
     """One warm-up epoch, then a tenth at 46, 77 and 92 % of the run: epochs 12, 20, 24 of 26."""
     return peak * min(1, (step + 1) / warmup) * 0.1 ** sum(step >= x * steps for x in (0.46, 0.77, 0.92))
+
+
+def augment(x, p=0.2):
+    """AdaFace's augmentations of images (B, 3, S, S) in [-1, 1], each with probability p an image, on the device.
+
+    Crop: a random box keeps its place, the rest turns black. Low resolution: down by one factor a batch and up
+    again (AdaFace: a factor an image). Photometric: brightness, contrast and saturation by 0.5 to 1.5.
+    """
+    B, _, S, _ = x.shape
+    uniform = lambda low, high: low + (high - low) * torch.rand(B, 1, 1, 1, device=x.device)
+    chosen = lambda: uniform(0, 1) < p
+    grid = (torch.arange(S, device=x.device) + 0.5) / S
+    area, ratio = uniform(0.2, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+    tall, wide = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+    top, left = uniform(0, 1) * (1 - tall), uniform(0, 1) * (1 - wide)
+    box = ((grid[:, None] > top) & (grid[:, None] < top + tall) & (grid > left) & (grid < left + wide))
+    x = torch.where(chosen() & ~box, -1.0, x)
+    small = F.interpolate(x, size=max(2, int(S * (0.2 + 0.8 * torch.rand(()).item()))), mode="area")
+    x = torch.where(chosen(), F.interpolate(small, size=S, mode="bilinear"), x)
+    light = (x + 1) * uniform(0.5, 1.5)
+    light = light.mean((1, 2, 3), keepdim=True).lerp(light, uniform(0.5, 1.5))
+    light = light.mean(1, keepdim=True).lerp(light, uniform(0.5, 1.5))
+    return torch.where(chosen(), light.clamp(0, 2) - 1, x)
 
 
 def main():
@@ -67,7 +93,8 @@ def main():
     optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9, fused=True)
 
     settings = {"data": args.data, "images": len(faces), "identities": n, "size": size, "arch": arch,
-                "virtual": k, "epochs": epochs, "batch": batch, "lr": args.lr, "seed": args.seed}
+                "virtual": k, "epochs": epochs, "batch": batch, "lr": args.lr, "augment": args.augment,
+                "seed": args.seed}
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     first = resume(out / "state.pt", settings, modules)
     out.mkdir(parents=True, exist_ok=True)
@@ -84,6 +111,8 @@ def main():
             group["lr"] = learning_rate(step, steps, per_epoch, peak)
         x = to_float(images.to(device, non_blocking=True))
         x = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x, x.flip(3))
+        if args.augment:
+            x = augment(x)
         with autocast(device):
             f = fast(x)
         b_virtual = virtual_batch_size(step, k, batch, n)

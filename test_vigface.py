@@ -17,6 +17,7 @@ from PIL import Image
 
 import data
 import evaluate
+import fr_train
 import model
 import sample
 
@@ -136,6 +137,17 @@ def test_virtual_batch_has_the_paper_s_size_on_average(k, b_real, n):
     sizes = [model.virtual_batch_size(step, k, b_real, n) for step in range(50)]
     assert sum(sizes) == 50 * k * b_real // n
     assert all(abs(size - k * b_real / n) < 1 for size in sizes)
+
+
+def test_augmentations_change_as_many_images_as_asked():
+    x = torch.rand(600, 3, 32, 32) * 1.8 - 0.9
+    assert torch.equal(fr_train.augment(x, p=0), x)
+    once = fr_train.augment(x, p=0.2)
+    assert once.min() >= -1 and once.max() <= 1
+    changed = (once != x).flatten(1).any(1).float().mean()
+    assert 0.4 < changed < 0.58                                                 # 1 - 0.8^3 = 0.488
+    black = (once == -1).all(1).flatten(1).float().mean(1)                      # the crop: a fifth of all images,
+    assert 0.14 < (black > 0.01).float().mean() < 0.26 and black.max() < 0.85   # 20 % of the area or more is kept
 
 
 # ------------------------------------------------------------------------------------------------- DiT, diffusion
