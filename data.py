@@ -1,6 +1,7 @@
 """Faces: the demo people this file draws, image folders, landmarks, and verification benchmarks.
 
-A source is a folder `root/identity/image.jpg|png`, with `root/landmarks.csv` where stage 2 needs it
+A source is a folder `root/identity/image.jpg|png`, or one with InsightFace records (`train.rec`, `train.idx`:
+identities are their labels, files their keys), with `root/landmarks.csv` where stage 2 needs it
 (file,x1,y1, ...,x5,y5 in pixels: left eye, right eye, nose, left and right mouth corner) and `root/*.bin`
 benchmarks where there are any. The source `demo` is drawn on first use into runs/demo, as just such a folder.
 """
@@ -10,9 +11,11 @@ import math
 import os
 import pickle
 import shutil
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -119,16 +122,15 @@ def draw_faces(identity, nuisance, size):
         nonlocal canvas
         canvas = canvas + mask[:, None] * (tint - canvas)
 
-    # Skin with a smooth random colouring; cheeks, beard, moustache, nose.
+    # Skin with a smooth random colouring; beard, cheeks, nose.
     skin = torch.tensor([.62, .44, .35])[:, None] + dial(-.27, .3)[:, None] + colour(dial, -.08, .08)
     hair, iris, lip = colour(dial, .02, .65), colour(dial, .05, .6), skin * colour(dial, .55, 1.05)
-    canvas, stubble = skin.expand(B, 3, size * size), hair * .6 + skin * .3
+    canvas = skin.expand(B, 3, size * size)
     for k in range(5):
         phase = ((u * math.cos(2.4 * k) + v * math.sin(2.4 * k)) * (2.5 + 1.2 * k))[:, None]
         canvas = canvas + colour(dial, -.045, .045) * phase.sin() + colour(dial, -.045, .045) * phase.cos()
-    beard, moustache = dial(-.7, .8).clamp(min=0), dial(-1, .9).clamp(min=0)
-    paint(stubble, blob(mid, mouth_y + .25, dial(.2, .7), dial(.1, .4), softness=3) * beard)
-    paint(stubble, blob(mid, mouth_y - .12, dial(.1, .3), .05, bend=.06) * moustache)
+    beard = blob(mid, mouth_y + .25, dial(.2, .7), dial(.1, .4), softness=3) * dial(-.7, .8).clamp(min=0)
+    paint(hair * .6 + skin * .3, beard)
     for side in (-1, 1):
         paint(skin * colour(dial, .7, 1.1), blob(side * .5, .3, .25, .2, softness=4))
         paint(skin * .6, blob(nose_x + side * dial(.1, .16), nose_y + .05, .02, .06) * .6)
@@ -198,41 +200,34 @@ def draw_faces(identity, nuisance, size):
 
 def write_landmarks(path, files, landmarks):
     """Writes landmarks.csv: file names relative to its folder, landmarks (M, 5, 2) in pixels."""
-    header = ["file", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")]
-    table = zip(files, landmarks.flatten(1).tolist())
-    rows = [[name, *(f"{value:.2f}" for value in row)] for name, row in table]
+    rows = [[name, *map("{:.2f}".format, row)] for name, row in zip(files, landmarks.flatten(1).tolist())]
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+        csv.writer(file).writerows([["file", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")], *rows])
 
 
-def write_bin(path, images, generator):
+def write_bin(path, images, pairs, generator):
     """Writes an InsightFace .bin of people (I, P, 3, S, S), uint8: ten folds sharing nobody, half same."""
-    png, same, per_person = [], [], images.shape[1]
-    random = lambda limit: int(torch.randint(limit, (1,), generator=generator))
+    png, same = [], []
     for fold in images.chunk(10):
-        pairs = [(i, a, i, b) for i in range(len(fold)) for a in range(per_person) for b in range(a)]
-        pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=generator)[:150]]
-        for _ in range(len(pairs)):
+        for p in range(pairs // 10):
             i, j = torch.randperm(len(fold), generator=generator)[:2].tolist()
-            pairs.append((i, random(per_person), j, random(per_person)))
-        same += [i == j for i, _, j, _ in pairs]
-        for i, a in (picture for pair in pairs for picture in (pair[:2], pair[2:])):
-            write_png(buffer := io.BytesIO(), fold[i, a])
-            png.append(buffer.getvalue())
+            a, b = torch.randperm(images.shape[1], generator=generator)[:2].tolist()
+            for image in (fold[i, a], fold[i if p % 2 else j, b]):
+                write_png(buffer := io.BytesIO(), image)
+                png.append(buffer.getvalue())
+            same.append(bool(p % 2))
     replace_file(path, lambda temporary: temporary.write_bytes(pickle.dumps((png, same), protocol=4)))
 
 
 def draw_demo(root, people=2000, held_out=200, per_person=8, size=32, seed=0):
     """Draws the demo: a folder of `people` with landmarks.csv, and heldout.bin of others nobody trains on."""
-    generator = torch.Generator().manual_seed(seed)
-    total = people + held_out
-    who = torch.rand(total, IDENTITY_DIALS, generator=generator).repeat_interleave(per_person, 0)
-    how = torch.rand(total * per_person, NUISANCE_DIALS, generator=generator)
+    generator, total = torch.Generator().manual_seed(seed), people + held_out
+    who = torch.rand(total, IDENTITY_DIALS, generator=generator).repeat_interleave(per_person, 0).split(400)
+    how = torch.rand(total * per_person, NUISANCE_DIALS, generator=generator).split(400)
     images, landmarks = [], []
-    chunks = list(zip(who.split(400), how.split(400)))
-    for person, picture in tqdm(chunks, f"drawing {total} people", leave=False, mininterval=1):
+    for person, picture in zip(tqdm(who, f"drawing {total} people", leave=False, mininterval=1), how):
         drawn, points = draw_faces(person, picture, size)
-        drawn = drawn + 0.01 * torch.randn(drawn.shape, generator=generator)    # sensor noise
+        drawn += 0.01 * torch.randn(drawn.shape, generator=generator)           # sensor noise
         images.append(to_uint8(2 * drawn - 1))
         landmarks.append(points * size)
     images, count, temporary = torch.cat(images), people * per_person, Path(f"{root}.tmp")
@@ -242,7 +237,7 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32, seed=0):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         write_png(temporary / name, image)
     write_landmarks(temporary / "landmarks.csv", files, torch.cat(landmarks))
-    write_bin(temporary / "heldout.bin", images[count:].view(held_out, per_person, 3, size, size), generator)
+    write_bin(temporary / "heldout.bin", images[count:].view(held_out, -1, 3, size, size), 3000, generator)
     os.replace(temporary, root)
 
 
@@ -262,6 +257,62 @@ def read_image(file, size=None):
 def write_png(file, image):
     """Writes a uint8 image (3, S, S) to a path or a buffer, without loss."""
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+
+
+class Record(NamedTuple):
+    """An image in an InsightFace RecordIO file: the mapped file, its path, the record's key and offset."""
+    bytes: np.memmap
+    path: Path
+    key: int
+    offset: int
+
+    MAGIC = 0xced7230a
+
+    def __str__(self):
+        return f"{self.path}, record {self.key}"
+
+    def open(self, _):
+        """The encoded image as a file. Records with the magic inside come in parts, cut where it stood."""
+        parts, at, flag = [], self.offset, 1
+        while flag in (1, 2):
+            magic, word = struct.unpack_from("<II", self.bytes, at)
+            flag, length = word >> 29, word & 0x1fffffff
+            if magic != self.MAGIC or at + 8 + length > len(self.bytes):
+                raise ValueError("broken record")
+            parts.append(self.bytes[at + 8:at + 8 + length].tobytes())
+            at += 8 + (length + 3) // 4 * 4
+        record = struct.pack("<I", self.MAGIC).join(parts)
+        return io.BytesIO(record[24 + 4 * struct.unpack_from("<I", record)[0]:])
+
+
+def read_index(path):
+    """Records of an InsightFace .rec file and their labels, by its .idx; all checked, none decoded.
+
+    A record is magic, length, then flag, label, two ids, `flag` more labels (then those count), image.
+    Records without an image (the header, and a list of identities at the end) are left out.
+    """
+    index = path.with_suffix(".idx")
+    try:
+        index = path.with_suffix(".idx")
+        keys, offsets = np.array(index.read_text().split(), dtype=np.int64).reshape(-1, 2).T
+        content = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        fail(f"{index}: expected a line of key and offset for every record of {path.name} ({error})")
+
+    def words(at, count):
+        return content.take(at[:, None] + np.arange(4 * count), mode="clip").view("<u4")        # (M, count)
+    magic, length, flag, label = words(offsets, 4).T
+    length &= 0x1fffffff
+    bad = (offsets < 0) | (magic != Record.MAGIC) | (offsets + 8 + length > len(content))
+    if bad.any():
+        fail(f"{path}: {bad.sum()} of {len(keys)} records, key {keys[bad][0]} first, end beyond its "
+             f"{len(content)} bytes or lack the magic number; it is truncated, or {index.name} is not its index")
+    label = np.where(flag > 0, words(offsets + 32, 1)[:, 0], label).view("<f4").astype(np.int64)
+    body = offsets + 32 + 4 * flag.astype(np.int64)
+    start = words(body, 1)[:, 0] & 0xffff
+    image = (body < offsets + 8 + length) & np.isin(start, (0xd8ff, 0x5089))    # JPEG, PNG
+    found = zip(keys[image].tolist(), offsets[image].tolist())
+    return [Record(content, path, key, offset) for key, offset in found], label[image].tolist()
 
 
 class BinUnpickler(pickle.Unpickler):
@@ -316,45 +367,45 @@ class Faces(Dataset):
     time.
     """
 
-    def __init__(self, sources, size=None, memory=4e9):
-        self.files, self.names, labels, landmarks = [], {}, [], []      # names: {identity: label}
+    def __init__(self, sources, size=None, memory=3e9):
+        self.files, self.names, self.bad, self.images, self.size = [], {}, set(), None, None
+        labels, landmarks, sides = [], [], []                           # names: {identity: label}
         for source in sources:
-            root, found = open_source(source), len(self.files)
+            root, found = open_source(source), []                       # found: (image, identity, file name)
+            for path in sorted(root.glob("*.rec")):
+                found += [(record, str(label), str(record.key)) for record, label in zip(*read_index(path))]
             people = sorted(entry for entry in root.iterdir() if entry.is_dir())
             for person in people:
                 files = sorted(f for f in person.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
-                if files:
-                    labels += [self.names.setdefault(person.name, len(self.names))] * len(files)
-                    self.files += files
-            if len(self.files) == found:
-                fail(f"--data {source}: no images in it; expected identity/image.jpg or .png, "
-                     f"found {len(people)} folders")
-            landmarks.append(self.read_landmarks(root, self.files[found:]))
-        self.labels, self.landmarks = torch.tensor(labels), torch.cat(landmarks)
-        self.bad, self.images, self.size = set(), None, size
-        readable = (image for image in map(self.decode, range(len(self))) if image is not None)
-        self.size = size or next((image.shape[2] for image in readable), 32)
+                found += [(file, person.name, f"{person.name}/{file.name}") for file in files]
+            if not found:
+                fail(f"--data {source}: no images in it; expected identity/image.jpg or .png, or train.rec "
+                     f"with train.idx, found {len(people)} folders")
+            first = len(self.files)
+            images, names, files = zip(*found)
+            self.files += images
+            labels += [self.names.setdefault(name, len(self.names)) for name in names]
+            # The crops of a source share one size: opening half a million files to ask takes minutes.
+            decoded = map(self.decode, range(first, len(self)))
+            side = next((image.shape[2] for image in decoded if image is not None), 32)
+            landmarks.append(self.read_landmarks(root, files, side))
+            sides.append(side)
+        self.labels, self.landmarks, self.size = torch.tensor(labels), torch.cat(landmarks), size or sides[0]
         if len(self) * 3 * self.size ** 2 <= memory:
-            images, bad = torch.zeros(len(self), 3, self.size, self.size, dtype=torch.uint8), []
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 decoded = pool.map(self.decode, range(len(self)))
-                for i, image in enumerate(tqdm(decoded, "reading images", len(self), False, mininterval=1)):
-                    images[i] = 0 if image is None else image
-                    bad += [i] if image is None else []
-            self.report(bad)
-            good = [i for i in range(len(self)) if i not in self.bad]
-            self.files, self.images = [self.files[i] for i in good], images[good]
+                images = list(tqdm(decoded, "reading images", len(self), leave=False, mininterval=1))
+            good = [i for i in range(len(self)) if images[i] is not None]
+            self.report([i for i in range(len(self)) if images[i] is None])
+            self.files, self.images = [self.files[i] for i in good], torch.stack([images[i] for i in good])
             self.labels, self.landmarks = self.labels[good], self.landmarks[good]
 
     def __len__(self):
         return len(self.files)
 
     @staticmethod
-    def read_landmarks(root, files):
-        """Landmarks (M, 5, 2) in [0, 1] of a source's images, NaN where root/landmarks.csv has none.
-
-        The crops of a source share one size, that of the first: opening half a million to ask takes minutes.
-        """
+    def read_landmarks(root, files, side):
+        """Landmarks (M, 5, 2) in [0, 1] of crops `side` wide, NaN where root/landmarks.csv has none."""
         path, unknown = root / "landmarks.csv", np.full((5, 2), np.nan, np.float32)
         if not path.is_file():
             return torch.from_numpy(unknown).repeat(len(files), 1, 1)
@@ -364,14 +415,15 @@ class Faces(Dataset):
             table = {row[0]: np.array(row[1:11], dtype=np.float32).reshape(5, 2) for row in rows}
         except (OSError, ValueError, IndexError) as error:
             fail(f"{path}: expected lines of file,x1,y1,...,x5,y5 ({error})")
-        found = np.stack([table.get(file.relative_to(root).as_posix(), unknown) for file in files])
-        return torch.from_numpy(found / np.array(read_image(files[0])[1], np.float32))
+        found = torch.from_numpy(np.stack([table.get(file, unknown) for file in files]))
+        return found / torch.tensor(side)
 
     def decode(self, i):
         """Image i, uint8 (3, S, S), or None if it cannot be read."""
         try:
-            return read_image(self.files[i], self.size)[0]
-        except (OSError, ValueError, Image.DecompressionBombError):
+            with self.files[i].open("rb") as file:
+                return read_image(file, self.size)[0]
+        except (OSError, ValueError, struct.error, Image.DecompressionBombError):
             return None
 
     def report(self, bad):
@@ -392,10 +444,10 @@ class Faces(Dataset):
             i = torch.as_tensor(indices)
             return self.images[i], self.labels[i], self.landmarks[i], []
         read = {int(i): self.decode(int(i)) for i in indices}
-        good = [i for i in read if read[i] is not None] or [0]
-        i = torch.tensor((good * len(indices))[:len(indices)])
+        good = [i for i in read if read[i] is not None]
+        i = torch.tensor([i if read[i] is not None else good[0] for i in read])
         images = torch.stack([read[int(j)] for j in i])
-        return images, self.labels[i], self.landmarks[i], [i for i in read if read[i] is None]
+        return images, self.labels[i], self.landmarks[i], list(read.keys() - good)
 
 
 def batches(faces, batch, seed, first, last):

@@ -55,14 +55,14 @@ def main():
     if without := faces.landmarks.isnan().any(2).any(1).nonzero().flatten().tolist():
         fail(f"{faces.files[without[0]]}: no landmarks, nor for {len(without) - 1} other images; expected a "
              "line for each in landmarks.csv beside the identity folders")
-    arch = args.arch or ("Ti/4" if faces.size <= 64 else "B/8")
+    arch = args.arch = args.arch or ("Ti/4" if faces.size <= 64 else "B/8")
     size, patch = arch.split("/")
     cfg = DiTConfig(size=faces.size, dim=fr["config"]["dim"], patch=int(patch), **DIT_SIZES[size])
     if cfg.size % cfg.patch:
         fail(f"--arch {arch}: {cfg.size} pixels are not whole patches of {cfg.patch}; give {size}/4")
-    steps = args.steps or (2000 if size == "Ti" else 200_000)
-    batch = min(args.batch or (64 if size == "Ti" else 256), len(faces))
-    peak = args.lr or (1e-3 if size == "Ti" else 2e-4)
+    steps = args.steps = args.steps or (2000 if size == "Ti" else 200_000)
+    batch = args.batch = min(args.batch or (64 if size == "Ti" else 256), len(faces))
+    peak = args.lr = args.lr or (1e-3 if size == "Ti" else 2e-4)
     preview_every = args.preview or max(1, min(5000, steps // 8))
 
     torch.manual_seed(args.seed)
@@ -72,9 +72,8 @@ def main():
     fast, fast_backbone = (compiled(module, device, steps * batch) for module in (dit, backbone))
     optimizer = torch.optim.AdamW(dit.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
-    settings = {"fr": args.fr, "fr_step": fr["step"], "data": data, "images": len(faces), "arch": arch,
-                "steps": steps, "batch": batch, "lr": peak, "identity_weight": args.identity_weight,
-                "seed": args.seed}
+    settings = {**vars(args), "data": data, "fr_step": fr["step"], "images": len(faces)}
+    del settings["out"], settings["preview"]
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
     first = resume(out / "state.pt", settings, modules)
     out.mkdir(parents=True, exist_ok=True)
@@ -122,9 +121,8 @@ def main():
         losses += torch.stack([v_loss.detach(), identity_loss.detach()])
 
         if (step + 1) % preview_every == 0 or step + 1 == steps:
-            v_mean, identity_mean = (losses / (step + 1 - logged)).tolist()
+            v_mean, identity_mean = stop_unless_finite((losses / (step + 1 - logged)).tolist(), step + 1, out)
             speed = batch * (step + 1 - logged) / (time.time() - since)
-            stop_unless_finite([v_mean, identity_mean], step + 1, out)
             real, virtual = preview(step + 1)
             save_state(out / "state.pt", settings, step + 1, modules)
             tensors = {f"dit.{name}": t for name, t in average.module.state_dict().items()}

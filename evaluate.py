@@ -19,7 +19,8 @@ from model import embed, fail, load_recogniser, replace_file
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
-flag("--fr", nargs="+", metavar="DIR", help="recognisers' run folders (default: every runs/fr*)")
+flag("--fr", nargs="+", metavar="PATH", help="run folders or published .pth (default: every runs/fr*)")
+flag("--bgr", action="store_true", help="published recognisers read BGR images (default: RGB)")
 flag("--pairs", nargs="+", metavar="BIN", help="benchmarks (default: those of the first recogniser)")
 flag("--datasets", nargs="*", metavar="DIR", help="image folders to judge (default: runs/virtual if there)")
 flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the first recogniser's data)")
@@ -77,25 +78,23 @@ def consistency_separability(f, labels):
     return within[many].mean().item() if many.any() else None, 1 - between.item()
 
 
-def judge(faces, f, labels, prototypes, real_centres, baseline):
-    """One dataset's row of the report: consistency, separability, own_top1, and leakage against real classes.
+def judge(faces, f, labels, closest, threshold, prototypes):
+    """One dataset's row of the report: consistency, separability, own_top1 (virtual people only), leakage.
 
-    baseline (M,): the cosine of each real image to the nearest centre of another person. The leakage
-    threshold is its 99 % quantile: two real strangers look this much alike. A set is clean if at most 1 % of
-    it exceeds that.
+    closest (M,): each image's cosine to the nearest real person's centre. The threshold is the 99 % quantile
+    of the same for real images and other people's centres: two real strangers look this much alike. A set is
+    clean if at most 1 % of it exceeds that.
     """
     consistency, separability = consistency_separability(f, labels)
-    closest, threshold = nearest(f, real_centres), baseline.quantile(0.99).item()
     over, q99, own_top1 = int((closest > threshold).sum()), closest.quantile(0.99).item(), None
     virtual = prototypes.unit()[len(prototypes.real):]
     if all(name[0] == "v" and name[1:].isdigit() and int(name[1:]) < len(virtual) for name in faces.names):
         owner = torch.tensor([int(name[1:]) for name in faces.names], device=f.device)[labels]
         own_top1 = ((f * virtual[owner]).sum(1) > nearest(f, virtual, owner)).float().mean().item()
-    clean = over <= 0.01 * len(faces) and q99 <= threshold
+    leakage = {"threshold": threshold, "images_over": over, "q99": q99, "baseline_q99": threshold,
+               "verdict": "clean" if over <= 0.01 * len(faces) and q99 <= threshold else "leaks"}
     return {"identities": len(faces.names), "images": len(faces), "consistency": consistency,
-            "separability": separability, "own_top1": own_top1,
-            "leakage": {"threshold": threshold, "images_over": over, "q99": q99, "baseline_q99": threshold,
-                        "verdict": "clean" if clean else "leaks"}}
+            "separability": separability, "own_top1": own_top1, "leakage": leakage}
 
 
 def table(header, *rows):
@@ -114,28 +113,27 @@ def main():
     folders = args.fr or sorted(path.parent.as_posix() for path in Path("runs").glob("fr*/model.safetensors"))
     if not folders:
         fail("runs/: no recogniser in it; train one with fr_train.py, or name its folder with --fr")
-    recognisers = {folder: load_recogniser(folder, device) for folder in folders}
+    recognisers = {folder: load_recogniser(folder, device, args.bgr) for folder in folders}
     teacher, prototypes, meta = recognisers[folders[0]]
     pairs = [Path(path) for path in args.pairs or meta["val"]]
 
-    models, loaded = {}, {}
+    report, loaded = {"judge": folders[0], "models": {}, "datasets": {}}, {}
     for folder, (backbone, _, _) in recognisers.items():
         scores, size = {}, backbone.cfg.size
         for path in pairs:
             if (path, size) not in loaded:
                 loaded[path, size] = read_bin(path, size)
             scores[path.stem] = verification(backbone, *loaded[path, size])
-        scores["average"] = sum(s["accuracy"] for s in scores.values()) / len(scores) if scores else None
-        models[folder] = scores
+        average = sum(score["accuracy"] for score in scores.values()) / len(scores) if scores else None
+        report["models"][folder] = {**scores, "average": average}
     names = [path.stem for path in pairs]
     rows = [[folder, *("{accuracy:.2%} ± {std:.2%}".format(**scores[name]) for name in names),
-             f"{scores['average']:.2%}" if names else None] for folder, scores in models.items()]
+             f"{scores['average']:.2%}" if names else "no benchmark: name some with --pairs"]
+            for folder, scores in report["models"].items()]
     text = "Verification accuracy (mean ± standard deviation over ten folds)\n\n"
     text += table(["recogniser", *names, "average"], *rows)
-    if not names:
-        text += "\n\nNo benchmark lies beside the training data; name some with --pairs."
 
-    datasets, judged, real_row = args.datasets, {}, None
+    datasets = args.datasets
     if datasets is None:
         datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() else []
     if datasets:
@@ -144,24 +142,21 @@ def main():
         f, labels = embed_faces(teacher, real, device)
         centres = class_centres(f, labels)[0]
         baseline = nearest(f, centres, own=labels)
-        C, S = consistency_separability(f, labels)
-        real_row = {"source": source, "identities": len(real.names), "images": len(real), "consistency": C,
-                    "separability": S}
+        threshold = baseline.quantile(0.99).item()
+        report["real"] = judge(real, f, labels, baseline, threshold, prototypes)
         for folder in datasets:
             faces = Faces([folder], size)
-            judged[folder] = judge(faces, *embed_faces(teacher, faces, device), prototypes, centres, baseline)
-        header = ["dataset", "people", "images", "consistency", "separability", "own top-1",
-                  "nearest real q99", "images over", "verdict"]
-        rows = [[folder, *list(row.values())[:5], *map(row["leakage"].get, ("q99", "images_over", "verdict"))]
-                for folder, row in judged.items()]
-        rows.append([" ".join(source), *list(real_row.values())[1:], None, baseline.quantile(0.99).item(),
-                     None, "(real)"])
+            f, labels = embed_faces(teacher, faces, device)
+            report["datasets"][folder] = judge(faces, f, labels, nearest(f, centres), threshold, prototypes)
+        header = ["dataset", "people", "images", "consistency", "separability", "own top-1", "images over",
+                  "nearest real q99", "threshold", "verdict"]
+        rows = [[name, *list(row.values())[:5], *list(row["leakage"].values())[1:]] for name, row in
+                {**report["datasets"], f"{' '.join(source)} (real)": report["real"]}.items()]
         text += (f"\n\nDatasets, judged by {folders[0]}; nearest real: cosine to the nearest real person's "
                  "centre, for real images to another person's\n\n") + table(header, *rows)
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    report = {"judge": folders[0], "models": models, "datasets": judged, "real": real_row}
     replace_file(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
     replace_file(out / "report.md", lambda path: path.write_text(text + "\n"))
     print(f"{text}\n\nwrote {out / 'report.json'} and {out / 'report.md'}")

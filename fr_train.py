@@ -1,7 +1,7 @@
 """Stage 1: trains a face recogniser that keeps room for people who do not exist.
 
     python fr_train.py                                      # the demo: faces drawn by data.py
-    python fr_train.py --data casia/                        # root/identity/image.jpg, 112 x 112, aligned
+    python fr_train.py --data casia/                    # identity/image.jpg, or train.rec; 112 x 112, aligned
     python fr_train.py --data runs/virtual --virtual 0 --out runs/fr-virtual    # virtual people alone
 
 Writes OUT/model.safetensors (backbone, real and virtual prototypes, sigma) and OUT/state.pt, from which the
@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from data import Faces, batches, benchmarks
 from evaluate import nearest, verification
-from model import (FR_ARCHS, FRConfig, Prototypes, Recogniser, autocast, compiled, fail, resume, save_model,
-                   save_state, stop_unless_finite, to_float, vigface_loss, virtual_batch_size)
+from model import (FR_ARCHS, FRConfig, Prototypes, Recogniser, autocast, compiled, embed, fail, forward_flops,
+                   load_backbone, peak_flops, resume, save_model, save_state, stop_unless_finite,
+                   to_float, vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -29,6 +30,9 @@ flag("--val", nargs="+", metavar="BIN", help="benchmarks (default: the *.bin bes
 flag("--out", default="runs/fr", metavar="DIR", help="run folder (default: %(default)s)")
 flag("--size", type=int, help="image side in pixels, a multiple of 16 (default: that of the data)")
 flag("--arch", choices=FR_ARCHS, help="network (default: tiny up to 64 pixels, ir_se50 above)")
+flag("--head", choices=["arcface", "adaface"], default="arcface", help="margin (default: %(default)s)")
+flag("--init", metavar="PATH", help="backbone to start from: run folder or published .pth (default: random)")
+flag("--bgr", action="store_true", help="that published backbone reads BGR images (default: RGB)")
 flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as many as real identities)")
 flag("--epochs", type=int, help="(default: 26 for ir_se50, 10 for others; more if that is under 1,250 steps)")
 flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for others)")
@@ -43,10 +47,10 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def augment(x, p=0.2):
-    """AdaFace's augmentations of images (B, 3, S, S) in [-1, 1], each with probability p an image, on the device.
+    """AdaFace's augmentations of images (B, 3, S, S) in [-1, 1], each with probability p an image.
 
-    Crop: a random box keeps its place, the rest turns black. Low resolution: down by one factor a batch and up
-    again (AdaFace: a factor an image). Photometric: brightness, contrast and saturation by 0.5 to 1.5.
+    Crop: a random box keeps its place, the rest turns black. Low resolution: down by one factor a batch and
+    up again (AdaFace: a factor an image). Photometric: brightness, contrast and saturation by 0.5 to 1.5.
     """
     B, _, S, _ = x.shape
     uniform = lambda low, high: low + (high - low) * torch.rand(B, 1, 1, 1, device=x.device)
@@ -74,17 +78,23 @@ def main():
         fail(f"--data {' '.join(args.data)}: expected two identities or more to tell apart, found {n}")
     if size % 16 or size < 32:
         fail(f"--size {size}: expected a multiple of 16 from 32 on; give --size 32, 48, ... or 112")
-    arch, k = args.arch or ("tiny" if size <= 64 else "ir_se50"), n if args.virtual is None else args.virtual
-    full = arch == "ir_se50"
-    batch = min(args.batch or (512 if full else 128), len(faces))
+    args.size, args.arch = size, args.arch or ("tiny" if size <= 64 else "ir_se50")
+    k = args.virtual = n if args.virtual is None else args.virtual
+    full = args.arch == "ir_se50"
+    batch = args.batch = min(args.batch or (512 if full else 128), len(faces))
     per_epoch = len(faces) // batch
-    epochs = args.epochs or max(26 if full else 10, -(-1250 // per_epoch))
+    epochs = args.epochs = args.epochs or max(26 if full else 10, -(-1250 // per_epoch))
     steps, peak = epochs * per_epoch, args.lr * batch / 512
     tests = benchmarks(args.val, args.data, size)
 
     torch.manual_seed(args.seed)
-    cfg = FRConfig(size=size, **FR_ARCHS[arch])
-    backbone = Recogniser(cfg).to(device, memory_format=torch.channels_last).train()
+    cfg = FRConfig(size=size, bgr=args.bgr, **FR_ARCHS[args.arch])
+    backbone = Recogniser(cfg)
+    if args.init:
+        load_backbone(args.init, backbone)
+    backbone.to(device, memory_format=torch.channels_last).eval()
+    share = 3 * forward_flops(backbone, torch.zeros(1, 3, size, size, device=device)) / peak_flops(device)
+    backbone.train()
     prototypes = Prototypes(n, k, cfg.dim).to(device)
     fast = compiled(backbone, device, steps * batch)
     trained = [*backbone.parameters(), *prototypes.parameters()]
@@ -92,20 +102,21 @@ def main():
               {"params": [p for p in trained if p.ndim < 2]}]           # norms, biases, PReLU: no decay
     optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9, fused=True)
 
-    settings = {"data": args.data, "images": len(faces), "identities": n, "size": size, "arch": arch,
-                "virtual": k, "epochs": epochs, "batch": batch, "lr": args.lr, "augment": args.augment,
-                "seed": args.seed}
+    settings = {**vars(args), "images": len(faces), "identities": n}
+    del settings["out"], settings["val"]
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     first = resume(out / "state.pt", settings, modules)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(faces)} images of {n} people, {k} virtual; {arch} at {size} px, {epochs} epochs of "
+    print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch} at {size} px, {epochs} epochs of "
           f"{per_epoch} steps of {batch}, on {device}")
 
     every = per_epoch * -(-100 // per_epoch)           # log and save at whole epochs, 100 steps apart
-    losses, logged, since, checked = torch.zeros(2, device=device), first, time.time(), time.time()
+    losses, logged, since, checked, waited = torch.zeros(3, device=device), first, time.time(), time.time(), 0
     loader = batches(faces, batch, args.seed, first, steps)
     progress = tqdm(loader, out.name, initial=first, total=steps, mininterval=1, leave=False)
+    asked = time.time()
     for step, (images, labels, _) in enumerate(progress, first):
+        waited += time.time() - asked
         torch.manual_seed(args.seed * 1_000_003 + step)          # so that a resumed run repeats itself
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, per_epoch, peak)
@@ -116,20 +127,21 @@ def main():
         with autocast(device):
             f = fast(x)
         b_virtual = virtual_batch_size(step, k, batch, n)
-        real_loss, virtual_loss = vigface_loss(f, labels.to(device), prototypes, b_virtual)
-        (real_loss + virtual_loss).backward()
+        parts = vigface_loss(f, labels.to(device), prototypes, b_virtual, args.head)  # real, virtual, quality
+        sum(parts).backward()
         torch.nn.utils.clip_grad_norm_(trained, 5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses += torch.stack([real_loss.detach(), virtual_loss.detach()])
+        losses += torch.stack(parts).detach()
 
         if (step + 1) % every == 0 or step + 1 == steps:
             count = step + 1 - logged
-            real, virtual = (losses / count).tolist()
-            stop_unless_finite([real, virtual], step + 1, out)
-            speed, rate = batch * count / (time.time() - since), optimizer.param_groups[0]["lr"]
+            real, virtual, quality = stop_unless_finite((losses / count).tolist(), step + 1, out)
+            seconds, rate = time.time() - since, optimizer.param_groups[0]["lr"]
+            speed, left = batch * count / seconds, (steps - step - 1) * seconds / count / 60
             line = (f"epoch {(step + 1) // per_epoch:3d}/{epochs}  loss real {real:6.3f} virtual "
-                    f"{virtual:6.3f}  lr {rate:.4f}  {speed:6.0f} img/s")
+                    f"{virtual:6.3f} quality {quality:.3f}  lr {rate:.4f}  {speed:5.0f} img/s  "
+                    f"{speed * share:4.0%} of peak  data wait {waited / seconds:4.1%}  {left:5.1f} min left")
             save_state(out / "state.pt", settings, step + 1, modules)
             tensors = {f"{name}.{key}": t for name in ("backbone", "prototypes")
                        for key, t in modules[name].state_dict().items()}
@@ -143,16 +155,18 @@ def main():
                 checked = time.time()
             tqdm.write(line)
             losses.zero_()
-            logged, since = step + 1, time.time()
+            logged, since, waited = step + 1, time.time(), 0
+        asked = time.time()
 
-    with torch.no_grad():
-        W, own = prototypes.unit(), torch.arange(n + k, device=device)
-        rows = {"real to real": nearest(W[:n], W[:n], own[:n])}
-        if k:
-            rows["virtual to real"] = nearest(W[n:], W[:n])
-            rows["virtual to virtual"] = nearest(W[n:], W[n:], own[:k])
-    for name, cosine in rows.items():
-        print(f"nearest prototype, {name:18s}  mean cosine {cosine.mean():.3f}  max {cosine.max():.3f}")
+    backbone.eval()
+    for path, (pictures, _) in tests.items():
+        q = prototypes.quality(embed(backbone, pictures, unit=False) / 2)     # the mean of both views' scores
+        print(f"quality of {path.stem}: mean {q.mean():.3f}, standard deviation {q.std():.3f}")
+    W, own = prototypes.unit().detach(), torch.arange(n + k, device=device)
+    for name, cosine in (("real to other real", nearest(W[:n], W[:n], own[:n])),
+                         ("virtual to any other", nearest(W[n:], W, own[n:]) if k else None)):
+        if cosine is not None:
+            print(f"nearest prototype, {name:20s}  mean cosine {cosine.mean():.3f}  max {cosine.max():.3f}")
     print(f"wrote {out / 'model.safetensors'}")
 
 

@@ -11,8 +11,10 @@ image).
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------------------------------------- small helpers
 
@@ -47,6 +50,23 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or amx())
 
 
+def forward_flops(module, *inputs):
+    """FLOPs of one forward pass of `module`, as PyTorch counts them; training takes three times as many."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops()
+
+
+def peak_flops(device, side=4096):
+    """The yardstick of 'share of peak': FLOP/s of a large bf16 matrix product, measured."""
+    a, best = torch.randn(side, side, device=device, dtype=torch.bfloat16), math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * side ** 3 / best
+
+
 def compiled(module, device, images):
     """A second, compiled handle of `module`, or itself on a CPU if `images` are too few to repay."""
     if device.type == "cpu" and images < 30_000:
@@ -66,11 +86,11 @@ class FRConfig:
     size: int = 112                     # S, a multiple of 16
     dim: int = 512                      # D
     width: int = 64                     # channels of the first stage; doubles at every stage
+    bgr: bool = False                   # for published networks that were trained on BGR images
     units: tuple = (3, 4, 14, 3)        # residual units per stage
 
 
 FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1)),     # for 32 pixels and a laptop
-            "small": dict(dim=64, width=32, units=(1, 2, 2, 1)),
             "ir_se50": dict()}
 
 
@@ -125,33 +145,38 @@ class Recogniser(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
 
-    def forward(self, x):                   # (B, 3, S, S)
-        x = self.body(self.input_layer(x))  # (B, 8 width, S/16, S/16)
-        return self.output_layer(x)         # (B, D)
+    def forward(self, x):                                               # (B, 3, S, S), RGB
+        x = x.flip(1) if self.cfg.bgr else x
+        x = self.body(self.input_layer(x))                              # (B, 8 width, S/16, S/16)
+        return self.output_layer(x)                                     # (B, D)
 
 
 @torch.no_grad()
-def embed(backbone, images, batch=256):
-    """Unit embeddings (M, D), fp32, of uint8 images (M, 3, S, S): L2norm(f(x) + f(flip x)), as in tests."""
+def embed(backbone, images, batch=256, unit=True):
+    """f(x) + f(flip x) of uint8 images (M, 3, S, S), as the field tests: (M, D), of length 1 or not."""
     device, chunks = next(backbone.parameters()).device, []
     for chunk in images.split(batch):
         x = to_float(chunk.to(device, non_blocking=True))
         with autocast(device):
-            chunks.append(F.normalize((backbone(x) + backbone(x.flip(3))).float()))
-    return torch.cat(chunks)
+            chunks.append((backbone(x) + backbone(x.flip(3))).float())
+    f = torch.cat(chunks)
+    return F.normalize(f) if unit else f
 
 
 # -------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
 
 
 class Prototypes(nn.Module):
-    """n real and k virtual class prototypes in R^D, and sigma^2 (D,), the spread of real embeddings."""
+    """n real and k virtual class prototypes in R^D, what losses know of embeddings, and a quality head."""
 
     def __init__(self, n, k, dim):
         super().__init__()
         self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
         self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
-        self.register_buffer("sigma2", torch.zeros(dim))
+        self.quality = nn.Linear(dim, 1)                                # CR-FIQA's head, embedding -> quality
+        self.register_buffer("sigma2", torch.zeros(dim))           # spread of real embeddings, of unit length
+        self.register_buffer("norm_mean", torch.tensor(20.0))          # AdaFace: norms of real embeddings, as
+        self.register_buffer("norm_std", torch.tensor(100.0))           # published before the first step
 
     def unit(self):
         """All prototypes on the unit sphere, (n + k, D), real ones first."""
@@ -171,13 +196,47 @@ def arcface(cos, labels, scale=64.0, margin=0.5):
     return scale * cos.scatter(1, labels[:, None], pushed)
 
 
+def norm_scaler(f, prototypes, h=0.333, t_alpha=0.01):
+    """AdaFace's image quality in [-1, 1] (B, 1): the norm of embeddings f (B, D) against its average."""
+    with torch.no_grad():
+        norm = f.norm(dim=1, keepdim=True).clamp(1e-3, 100)
+        prototypes.norm_mean.lerp_(norm.mean(), t_alpha)
+        if len(f) > 1:                                                  # one image has no spread
+            prototypes.norm_std.lerp_(norm.std(), t_alpha)
+        return ((norm - prototypes.norm_mean) / (prototypes.norm_std + 1e-3) * h).clamp(-1, 1)
+
+
+def adaface(cos, labels, scaler, scale=64.0, margin=0.4, eps=1e-3):
+    """AdaFace logits (B, classes): s (cos(theta - m scaler) - m - m scaler) at the label (Kim 2022).
+
+    scaler (B, 1) in [-1, 1] is the image's quality: at -1 this is ArcFace, at 0 CosFace. theta is kept eps
+    inside 0 and pi; the gradient is the exact one there and zero where theta is clipped, as published.
+    """
+    cos = cos.clamp(eps - 1, 1 - eps)
+    theta = cos.gather(1, labels[:, None]).acos() - margin * scaler             # (B, 1)
+    target = theta.clamp(eps, math.pi - eps).cos() - margin - margin * scaler
+    return scale * cos.scatter(1, labels[:, None], target)
+
+
+def quality_loss(f, cos, labels, prototypes):
+    """CR-FIQA's regression of CCS / (NNCCS + 1 + eps) from detached embeddings f (B, D), smooth L1, scalar.
+
+    cos (B, n): to real prototypes only. CCS is the own one's, NNCCS the nearest other's.
+    """
+    with torch.no_grad():
+        own = cos.gather(1, labels[:, None])
+        other = cos.scatter(1, labels[:, None], -2).amax(1, keepdim=True)
+        target = own / (other + 1 + 1e-9)                                       # (B, 1)
+    return F.smooth_l1_loss(prototypes.quality(f.detach()), target, beta=0.5)
+
+
 def virtual_batch_size(step, k, b_real, n):
     """b_v for one step: k b_r / n (paper), whole numbers whose running sum never strays from it by one."""
     return (step + 1) * k * b_real // n - step * k * b_real // n
 
 
-def vigface_loss(f, labels, prototypes, b_virtual):
-    """The margin loss over real embeddings f (B, D) and b_virtual virtual ones: scalars (real, virtual).
+def vigface_loss(f, labels, prototypes, b_virtual, head="arcface"):
+    """The margin loss over real embeddings f (B, D) and b_virtual virtual ones: real, virtual, quality.
 
     Virtual embeddings f'_j = w_v^j + N(0, 1) sigma carry the spread of real ones (sigma^2 by EMA, alpha =
     0.9). They never touch the backbone, and for them real prototypes are negatives held fixed: only virtual
@@ -187,18 +246,24 @@ def vigface_loss(f, labels, prototypes, b_virtual):
     over b_r + b_v would shrink the backbone's step as k grows.
     """
     with torch.autocast(f.device.type, enabled=False):
-        f, n = F.normalize(f.float()), len(prototypes.real)
+        f, n = f.float(), len(prototypes.real)
+        unit = F.normalize(f, eps=0.01)                          # an embedding of no length: no huge gradient
         real, virtual = F.normalize(prototypes.real), F.normalize(prototypes.virtual)
         with torch.no_grad():
-            prototypes.sigma2.lerp_((f - real[labels]).square().mean(0), 0.1)
-        logits = arcface(f @ torch.cat([real, virtual]).T, labels)                              # (B, n + k)
-        loss = F.cross_entropy(logits, labels)
+            prototypes.sigma2.lerp_((unit - real[labels]).square().mean(0), 0.1)
+        margin = arcface if head == "arcface" else adaface
+        scaler = [] if head == "arcface" else [norm_scaler(f, prototypes)]
+        cos = unit @ torch.cat([real, virtual]).T                               # (B, n + k)
+        logits = margin(cos, labels, *scaler)
+        loss, quality = F.cross_entropy(logits, labels), quality_loss(f, cos[:, :n], labels, prototypes)
         if not b_virtual:
-            return loss, torch.zeros_like(loss)
+            return loss, torch.zeros_like(loss), quality
         j = torch.randint(len(virtual), (b_virtual,), device=f.device)
         drawn = F.normalize(virtual[j] + torch.randn_like(virtual[j]) * prototypes.sigma2.sqrt())   # (b_v, D)
-        logits = arcface(drawn @ torch.cat([real.detach(), virtual]).T, n + j)                  # (b_v, n + k)
-        return loss, F.cross_entropy(logits, n + j, reduction="sum") / len(f)
+        cos = drawn @ torch.cat([real.detach(), virtual]).T                     # (b_v, n + k)
+        scaler = [torch.zeros_like(cos[:, :1])] * len(scaler)         # an invented embedding: average quality
+        logits = margin(cos, n + j, *scaler)
+        return loss, F.cross_entropy(logits, n + j, reduction="sum") / len(f), quality
 
 
 # ------------------------------------------------------------------------ the Diffusion Transformer (stage 2)
@@ -428,14 +493,34 @@ def part(tensors, prefix):
     return {name[len(prefix) + 1:]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
-def load_recogniser(folder, device):
-    """Backbone and prototypes, frozen, on `device`, and the metadata, of a folder fr_train.py wrote."""
-    tensors, meta = load_model(folder, "fr")
-    backbone = Recogniser(FRConfig(**meta["config"]))
-    backbone.load_state_dict(part(tensors, "backbone"))
-    n, k = (len(tensors[f"prototypes.{kind}"]) for kind in ("real", "virtual"))
-    prototypes = Prototypes(n, k, meta["config"]["dim"])
-    prototypes.load_state_dict(part(tensors, "prototypes"))
+def load_backbone(path, backbone):
+    """Loads the backbone of a run folder or a published .pth or .ckpt: prefixes stripped, heads left out."""
+    try:
+        if Path(path).is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = {re.sub(r"^((model|module|backbone)\.)+", "", name): t
+                     for name, t in state.get("state_dict", state).items() if not name.startswith("head.")}
+        else:
+            state = part(load_model(path, "fr")[0], "backbone")
+        backbone.load_state_dict(state)
+    except Exception as error:                                          # unpickling fails in many ways
+        fail(f"{path}: expected weights of an IR-SE50 at {backbone.cfg.size} px in AdaFace's layout; "
+             f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+
+
+def load_recogniser(path, device, bgr=False):
+    """Backbone and prototypes, frozen, on `device`, and metadata, of a run folder or a published file."""
+    if Path(path).is_file():
+        backbone, prototypes = Recogniser(FRConfig(bgr=bgr)), Prototypes(0, 0, 512)
+        meta = {"data": [], "val": []}
+        load_backbone(path, backbone)
+    else:
+        tensors, meta = load_model(path, "fr")
+        backbone = Recogniser(FRConfig(**meta["config"]))
+        backbone.load_state_dict(part(tensors, "backbone"))
+        n, k = (len(tensors[f"prototypes.{kind}"]) for kind in ("real", "virtual"))
+        prototypes = Prototypes(n, k, backbone.cfg.dim)
+        prototypes.load_state_dict(part(tensors, "prototypes"))
     backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return backbone, prototypes.to(device).requires_grad_(False), meta
 
@@ -466,6 +551,7 @@ def resume(path, settings, modules):
 
 
 def stop_unless_finite(losses, step, out):
-    """Ends a run whose mean losses, a list of floats, are no longer numbers; its last checkpoint stays."""
+    """Mean losses, a list of floats; ends the run if they are no numbers. Its last checkpoint stays."""
     if not all(map(math.isfinite, losses)):
         fail(f"{out}: the loss is {losses} at step {step}; the last checkpoint is kept; lower --lr")
+    return losses

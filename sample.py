@@ -125,21 +125,15 @@ def main():
         print(f"continuing {out} at image {done} of {total}")
 
     landmarks, people = tensors["poses.landmarks"], tensors["poses.labels"]
-    by_yaw, fast, poses = yaw_of(landmarks).argsort(), compiled(dit, device, 2 * total * args.steps), {}
-
-    def plan(number):
-        """Picture `number` of the set: (identity, index, the training face whose pose it takes)."""
-        identity, index = divmod(number, args.per_id)
-        if identity not in poses:
-            poses.clear()
-            poses[identity] = choose_poses(by_yaw, people, args.per_id, seeded(args.seed, identity))
-        return identity, index, poses[identity][index]
-
+    by_yaw, fast = yaw_of(landmarks).argsort(), compiled(dit, device, 2 * total * args.steps)
     with ThreadPoolExecutor() as pool, open(partial, "a", newline="") as file, \
             tqdm(total=total, initial=done, desc=out.name, unit="img", leave=False) as progress:
         writer = csv.writer(file, lineterminator="\n")
         for start in range(done, total, args.batch):
-            jobs = [plan(number) for number in range(start, min(start + args.batch, total))]
+            numbers = [divmod(m, args.per_id) for m in range(start, min(start + args.batch, total))]
+            poses = {who: choose_poses(by_yaw, people, args.per_id, seeded(args.seed, who))
+                     for who in {who for who, _ in numbers}}
+            jobs = [(who, i, poses[who][i]) for who, i in numbers]      # identity, index, whose pose
             padded = jobs + jobs[-1:] * (args.batch - len(jobs))        # one shape, so one compilation
             noise = [torch.randn(3, S, S, generator=seeded(args.seed, identity, i))
                      for identity, i, _ in padded]
