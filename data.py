@@ -306,7 +306,7 @@ def read_index(path):
     bad = (offsets < 0) | (magic != Record.MAGIC) | (offsets + 8 + length > len(content))
     if bad.any():
         fail(f"{path}: {bad.sum()} of {len(keys)} records, key {keys[bad][0]} first, end beyond its "
-             f"{len(content)} bytes or lack the magic number; it is truncated, or {index.name} is not its index")
+             f"{len(content)} bytes or lack the magic number; cut short, or {index.name} is not its index")
     label = np.where(flag > 0, words(offsets + 32, 1)[:, 0], label).view("<f4").astype(np.int64)
     body = offsets + 32 + 4 * flag.astype(np.int64)
     start = words(body, 1)[:, 0] & 0xffff

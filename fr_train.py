@@ -85,7 +85,9 @@ def main():
     per_epoch = len(faces) // batch
     epochs = args.epochs = args.epochs or max(26 if full else 10, -(-1250 // per_epoch))
     steps, peak = epochs * per_epoch, args.lr * batch / 512
-    tests = benchmarks(args.val, args.data, size)
+    if batch < 2:
+        fail(f"--batch {batch}: expected 2 or more; one image has no spread to normalise by")
+    tests, history = benchmarks(args.val, args.data, size), []
 
     torch.manual_seed(args.seed)
     cfg = FRConfig(size=size, bgr=args.bgr, **FR_ARCHS[args.arch])
@@ -149,8 +151,9 @@ def main():
                        names=list(faces.names), colour="RGB", step=step + 1, steps=steps)
             if step + 1 == steps or time.time() - checked > 60:
                 backbone.eval()
-                for path, test in tests.items():
-                    line += f"  {path.stem} {verification(backbone, *test)['accuracy']:.2%}"
+                scores = [verification(backbone, *test)["accuracy"] for test in tests.values()]
+                line += "".join(f"  {path.stem} {accuracy:.2%}" for path, accuracy in zip(tests, scores))
+                history.append((sum(scores) / max(1, len(scores)), (step + 1) // per_epoch))
                 backbone.train()
                 checked = time.time()
             tqdm.write(line)
@@ -162,6 +165,9 @@ def main():
     for path, (pictures, _) in tests.items():
         q = prototypes.quality(embed(backbone, pictures, unit=False) / 2)     # the mean of both views' scores
         print(f"quality of {path.stem}: mean {q.mean():.3f}, standard deviation {q.std():.3f}")
+    if tests and history:
+        (last, _), (best, when) = history[-1], max(history)
+        print(f"mean accuracy at the end {last:.2%}, best {best:.2%} after epoch {when}")
     W, own = prototypes.unit().detach(), torch.arange(n + k, device=device)
     for name, cosine in (("real to other real", nearest(W[:n], W[:n], own[:n])),
                          ("virtual to any other", nearest(W[n:], W, own[n:]) if k else None)):

@@ -57,12 +57,14 @@ def forward_flops(module, *inputs):
     return counter.get_total_flops()
 
 
-def peak_flops(device, side=4096):
-    """The yardstick of 'share of peak': FLOP/s of a large bf16 matrix product, measured."""
-    a, best = torch.randn(side, side, device=device, dtype=torch.bfloat16), math.inf
+def peak_flops(device):
+    """The yardstick of 'share of peak': FLOP/s of a large matrix product under `autocast`, measured."""
+    side, best = 8192 if device.type == "cuda" else 1024, math.inf
+    a = torch.randn(side, side, device=device)
     for _ in range(8):
         start = time.perf_counter()
-        (a @ a)[0, 0].item()
+        with autocast(device):
+            (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * side ** 3 / best
 

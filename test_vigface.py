@@ -481,6 +481,23 @@ def test_records_are_read_as_folders_are(tmp_path):
     assert joined.count(magic) == 2 and joined.replace(magic, b"") == pngs[0]
 
 
+def test_a_corrupt_image_among_many_is_skipped_named_and_counted(tmp_path, capsys):
+    folder(tmp_path / "a", 2, 60)
+    (tmp_path / "a/person 1/7.png").write_bytes(b"broken")
+    faces = data.Faces([tmp_path / "a"])
+    assert len(faces) == len(faces.labels) == len(faces.landmarks) == 119
+    assert "person 1/7.png" in capsys.readouterr().err
+    lazy = data.Faces([tmp_path / "a"], memory=0)                               # found out only while training
+    seen = [(images, labels) for images, labels, _ in data.batches(lazy, 40, 0, 0, 3)]
+    assert "person 1/7.png" in capsys.readouterr().err and len(lazy.bad) == 1
+    assert all(images.shape == (40, 3, 32, 32) and images.flatten(1).any(1).all() for images, _ in seen)
+    (tmp_path / "a/person 0/9.png").write_bytes(b"broken")                      # two of 120 are too many
+    for memory in (0, 3e9):
+        with pytest.raises(SystemExit):
+            list(data.batches(data.Faces([tmp_path / "a"], memory=memory), 40, 0, 0, 3))
+        assert capsys.readouterr().err.count("error:") == 1
+
+
 def test_batches_are_a_function_of_the_step(tmp_path):
     folder(tmp_path / "a", 5, 2)
     faces = data.Faces([tmp_path / "a"])
@@ -688,6 +705,9 @@ def bad_input(case, root):
         if case == "record index unreadable":
             idx.write_text("one two\n")
             return ("fr_train.py", "--data", root / "r"), "expected a line of key and offset"
+    if case == "batch of one":
+        folder(root, 2, 2)
+        return ("fr_train.py", "--data", root, "--batch", 1, "--head", "adaface"), "--batch 1: expected 2"
     if case == "odd size":
         folder(root, 2, 2)
         return ("fr_train.py", "--data", root, "--size", 40), "multiple of 16"
@@ -714,7 +734,7 @@ def bad_input(case, root):
 
 
 @pytest.mark.parametrize("case", ["missing folder", "empty folder", "no identity folders", "one identity", "unreadable image",
-                                  "record file truncated", "record index of another file", "record index unreadable",
+                                  "record file truncated", "record index of another file", "record index unreadable", "batch of one",
                                   "odd size", "no recogniser", "wrong stage", "checkpoint of another size", "no landmarks",
                                   "people nobody knows", "too many virtual people", "broken benchmark"])
 def test_bad_input_is_one_clear_line_and_nothing_is_written(pipeline, tmp_path, case):
