@@ -6,6 +6,7 @@ identities are their labels, files their keys), with `root/landmarks.csv` where 
 benchmarks where there are any. The source `demo` is drawn on first use into runs/demo, as just such a folder.
 """
 import csv
+import functools
 import io
 import math
 import os
@@ -259,9 +260,14 @@ def write_png(file, image):
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
 
 
+@functools.lru_cache
+def mapped(path):
+    """The bytes of a file, mapped into memory once by each process."""
+    return np.memmap(path, np.uint8, "r")
+
+
 class Record(NamedTuple):
-    """An image in an InsightFace RecordIO file: the mapped file, its path, the record's key and offset."""
-    bytes: np.memmap
+    """An image in an InsightFace RecordIO file: the file's path, the record's key and offset."""
     path: Path
     key: int
     offset: int
@@ -273,13 +279,13 @@ class Record(NamedTuple):
 
     def open(self, _):
         """The encoded image as a file. Records with the magic inside come in parts, cut where it stood."""
-        parts, at, flag = [], self.offset, 1
+        content, parts, at, flag = mapped(self.path), [], self.offset, 1
         while flag in (1, 2):
-            magic, word = struct.unpack_from("<II", self.bytes, at)
+            magic, word = struct.unpack_from("<II", content, at)
             flag, length = word >> 29, word & 0x1fffffff
-            if magic != self.MAGIC or at + 8 + length > len(self.bytes):
+            if magic != self.MAGIC or at + 8 + length > len(content):
                 raise ValueError("broken record")
-            parts.append(self.bytes[at + 8:at + 8 + length].tobytes())
+            parts.append(content[at + 8:at + 8 + length].tobytes())
             at += 8 + (length + 3) // 4 * 4
         record = struct.pack("<I", self.MAGIC).join(parts)
         return io.BytesIO(record[24 + 4 * struct.unpack_from("<I", record)[0]:])
@@ -295,7 +301,7 @@ def read_index(path):
     try:
         index = path.with_suffix(".idx")
         keys, offsets = np.array(index.read_text().split(), dtype=np.int64).reshape(-1, 2).T
-        content = np.memmap(path, np.uint8, "r")
+        content = mapped(path)
     except (OSError, ValueError) as error:
         fail(f"{index}: expected a line of key and offset for every record of {path.name} ({error})")
 
@@ -312,7 +318,7 @@ def read_index(path):
     start = words(body, 1)[:, 0] & 0xffff
     image = (body < offsets + 8 + length) & np.isin(start, (0xd8ff, 0x5089))    # JPEG, PNG
     found = zip(keys[image].tolist(), offsets[image].tolist())
-    return [Record(content, path, key, offset) for key, offset in found], label[image].tolist()
+    return [Record(path, key, offset) for key, offset in found], label[image].tolist()
 
 
 class BinUnpickler(pickle.Unpickler):
@@ -462,7 +468,7 @@ def batches(faces, batch, seed, first, last):
                 shuffled = torch.randperm(len(faces), generator=generator).tolist()
             yield shuffled[position * batch:(position + 1) * batch]
 
-    loader = DataLoader(faces, batch_sampler=order(), collate_fn=lambda items: items,
+    loader = DataLoader(faces, batch_sampler=order(), collate_fn=tuple,
                         num_workers=0 if faces.images is not None else os.cpu_count(),
                         pin_memory=torch.cuda.is_available())
     for images, labels, landmarks, bad in loader:

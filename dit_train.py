@@ -76,7 +76,6 @@ def main():
     del settings["out"], settings["preview"]
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
     first = resume(out / "state.pt", settings, modules)
-    out.mkdir(parents=True, exist_ok=True)
     millions = sum(p.numel() for p in dit.parameters()) / 1e6
     print(f"DiT-{arch}, {millions:.1f}M parameters, {len(faces)} images at {cfg.size} px, {steps} steps of "
           f"{batch}, on {device}")

@@ -156,7 +156,6 @@ def main():
                  "centre, for real images to another person's\n\n") + table(header, *rows)
 
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
     replace_file(out / "report.md", lambda path: path.write_text(text + "\n"))
     print(f"{text}\n\nwrote {out / 'report.json'} and {out / 'report.md'}")

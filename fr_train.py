@@ -108,7 +108,6 @@ def main():
     del settings["out"], settings["val"]
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     first = resume(out / "state.pt", settings, modules)
-    out.mkdir(parents=True, exist_ok=True)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch} at {size} px, {epochs} epochs of "
           f"{per_epoch} steps of {batch}, on {device}")
 

@@ -74,7 +74,7 @@ def compiled(module, device, images):
     if device.type == "cpu" and images < 30_000:
         return module
     if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        print("no C++ compiler found: running without torch.compile, about 1.5 times slower")
+        print("no C++ compiler found: running without torch.compile, slower")
         return module
     return torch.compile(module)
 
@@ -460,6 +460,7 @@ def dpm_solver(denoise, x, steps):
 def replace_file(path, write):
     """Lets `write(temporary path)` make a file, flushes and renames it to `path`: nobody reads half."""
     temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     write(temporary)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
@@ -501,10 +502,10 @@ def load_backbone(path, backbone):
         if Path(path).is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = {re.sub(r"^((model|module|backbone)\.)+", "", name): t
-                     for name, t in state.get("state_dict", state).items() if not name.startswith("head.")}
+                     for name, t in state.get("state_dict", state).items()}
         else:
             state = part(load_model(path, "fr")[0], "backbone")
-        backbone.load_state_dict(state)
+        backbone.load_state_dict({name: t for name, t in state.items() if not name.startswith("head.")})
     except Exception as error:                                          # unpickling fails in many ways
         fail(f"{path}: expected weights of an IR-SE50 at {backbone.cfg.size} px in AdaFace's layout; "
              f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")

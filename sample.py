@@ -113,7 +113,6 @@ def main():
     if manifest.is_file():
         print(f"{manifest}: already complete, {total} images")
         return
-    out.mkdir(parents=True, exist_ok=True)
     replace_file(run, lambda path: path.write_text(json.dumps(settings, indent=1)))
 
     # A finished batch leaves its rows in the partial manifest; a restart goes on after the last whole batch.
@@ -148,7 +147,6 @@ def main():
             rows = []
             for (identity, i, source), o, r in zip(jobs, own, real):
                 name = f"v{identity:06d}"
-                (out / name).mkdir(exist_ok=True)
                 rows.append([f"{name}/{i:04d}.jpg", name, i, args.seed, source, f"{o:.4f}", f"{r:.4f}"])
             list(pool.map(lambda row, image: replace_file(out / row[0], lambda path: to_pil_image(image).save(
                 path, "JPEG", quality=95, subsampling=0)), rows, images.cpu()))

@@ -341,7 +341,7 @@ def test_save_and_load_give_back_the_same_network(tmp_path):
 def published(path, prefix="model.", **changes):
     """A checkpoint file as others publish IR-SE50: a prefix on every key, and a head we have no use for."""
     state = {f"{prefix}{name}": t for name, t in model.Recogniser(model.FRConfig()).state_dict().items()}
-    state |= {"head.kernel": torch.zeros(512, 10), **changes}
+    state |= {"head.kernel": torch.zeros(512, 10), f"{prefix}head.kernel": torch.zeros(512, 10), **changes}
     torch.save({"state_dict": state, "epoch": 3}, path)
     return {name[len(prefix):]: t for name, t in state.items()}
 
@@ -607,7 +607,7 @@ def pipeline(tmp_path_factory):
                "dit": script("dit_train.py", "--steps", 4, "--batch", 8, cwd=cwd),
                "sample": script("sample.py", "--virtual", 5, "--per-id", 3, "--steps", 2, "--batch", 4, cwd=cwd),
                "fr-virtual": script("fr_train.py", "--data", "runs/virtual", "--virtual", 0, "--out", "runs/fr-virtual",
-                                    "--batch", 8, "--epochs", 1, cwd=cwd),
+                                    "--batch", 8, "--epochs", 1, "--init", "runs/fr", cwd=cwd),
                "evaluate": script("evaluate.py", cwd=cwd)}
     return cwd, printed
 
