@@ -144,6 +144,7 @@ def main():
         baseline = nearest(f, centres, own=labels)
         threshold = baseline.quantile(0.99).item()
         report["real"] = judge(real, f, labels, baseline, threshold, prototypes)
+        report["real"]["leakage"]["verdict"] = "baseline"
         for folder in datasets:
             faces = Faces([folder], size)
             f, labels = embed_faces(teacher, faces, device)

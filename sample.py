@@ -31,7 +31,7 @@ flag("--out", default="runs/virtual", metavar="DIR", help="the dataset's folder 
 flag("--virtual", type=int, default=300, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
 flag("--per-id", type=int, default=8, help="pictures of each (default: %(default)s)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
-flag("--guidance", type=float, default=1.5, help="classifier-free, 1 for none (default: %(default)s)")
+flag("--guidance", type=float, default=2.0, help="classifier-free, 1 for none (default: %(default)s)")
 flag("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("T0", "T1"),
      help="guide only at these times, 0 being the image and 1 noise (default: 0 1)")
 flag("--batch", type=int, default=256, help="pictures drawn at once (default: %(default)s)")
@@ -153,11 +153,10 @@ def main():
             writer.writerows(rows)
             file.flush()
             progress.update(len(jobs))
-    partial.rename(manifest)
-
-    with open(manifest, newline="") as file:
+    with open(partial, newline="") as file:
         rows = list(csv.DictReader(file))
     draw_grid(out, [row for row in rows[:8 * args.per_id] if int(row["index"]) < 10], out / "grid.jpg")
+    partial.rename(manifest)                                            # last: a set with a manifest is complete
     own, real = (sum(float(row[key]) for row in rows) / total for key in ("cos_own", "cos_nearest_real"))
     print(f"{total} images of {args.virtual} people in {out}; mean cosine to the own prototype {own:.3f}, "
           f"to the nearest real one {real:.3f}")
