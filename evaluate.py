@@ -138,6 +138,8 @@ def main():
         datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() else []
     if datasets:
         size, source = teacher.cfg.size, args.real or meta["data"]
+        if not source:
+            fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
         real = Faces(source, size)
         f, labels = embed_faces(teacher, real, device)
         centres = class_centres(f, labels)[0]

@@ -1,4 +1,4 @@
-"""Run with `python -m pytest -q`: formulas against naive references, invariants, and every script as a user runs it."""
+"""Run with `python -m pytest -q`: formulas against naive references, invariants, scripts as users run them."""
 import csv
 import io
 import json
@@ -34,14 +34,14 @@ def same_numbers_every_time():
 
 def script(name, *args, cwd, code=0):
     """Runs a script in cwd, checks its exit code, and returns stdout, or stderr where it should fail."""
-    done = subprocess.run([sys.executable, HERE / name, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    command, env = [sys.executable, HERE / name, *map(str, args)], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout if code == 0 else done.stderr
 
 
-# ---------------------------------------------------------------------------------------------- the recogniser
+# --------------------------------------------------------------------------------------------- the recogniser
 
 
 def test_ir_se50_is_the_published_network():
@@ -50,7 +50,8 @@ def test_ir_se50_is_the_published_network():
     shapes = {name: tuple(t.shape) for name, t in net.state_dict().items()}
     assert len(net.body) == 24 and shapes["input_layer.0.weight"] == (64, 3, 3, 3)
     assert shapes["output_layer.3.weight"] == (512, 512 * 7 * 7) and "output_layer.4.weight" not in shapes
-    assert shapes["body.3.shortcut_layer.0.weight"] == (128, 64, 1, 1) and "body.0.shortcut_layer.0.weight" not in shapes
+    assert shapes["body.3.shortcut_layer.0.weight"] == (128, 64, 1, 1)
+    assert "body.0.shortcut_layer.0.weight" not in shapes
     assert shapes["body.23.res_layer.se_block.fc1.weight"] == (32, 512, 1, 1)
     with torch.no_grad():
         assert net(torch.randn(2, 3, 112, 112)).shape == (2, 512)
@@ -64,7 +65,7 @@ def test_embedding_is_unit_and_blind_to_mirroring():
     assert torch.allclose(f, model.embed(net, images.flip(3)), atol=0.02)      # bf16 on machines that have it
 
 
-# -------------------------------------------------------------------------------- margin and virtual prototypes
+# ------------------------------------------------------------------------------ margin and virtual prototypes
 
 
 @pytest.mark.parametrize("cosine", [0.9, 0.2, -0.5, -0.95, 1.0, -1.0])
@@ -135,7 +136,8 @@ def test_no_embedding_breaks_the_loss(head, kind):
 
 
 def test_quality_head_learns_the_cr_fiqa_ratio_and_disturbs_nothing():
-    prototypes, f, labels = model.Prototypes(4, 3, 8), torch.randn(5, 8, requires_grad=True), torch.arange(5) % 4
+    prototypes, labels = model.Prototypes(4, 3, 8), torch.arange(5) % 4
+    f = torch.randn(5, 8, requires_grad=True)
     cos = F.normalize(f) @ F.normalize(prototypes.real).T
     loss = model.quality_loss(f, cos, labels, prototypes)
     naive = []
@@ -187,7 +189,7 @@ def test_virtual_embeddings_spread_as_sigma_says(monkeypatch):
     seen = []
     monkeypatch.setattr(model, "arcface", lambda cos, labels: seen.append(cos) or cos)
     prototypes = model.Prototypes(4, 1, 512)
-    f = F.normalize(prototypes.real.detach()) + 0.02 * torch.randn(4, 512)  # cos to the own prototype: about 0.91
+    f = F.normalize(prototypes.real.detach()) + 0.02 * torch.randn(4, 512)  # own cosine about 0.91
     for _ in range(60):
         model.vigface_loss(f, torch.arange(4), prototypes, b_virtual=64)
     real = seen[-2][range(4), range(4)].mean()
@@ -210,10 +212,10 @@ def test_augmentations_change_as_many_images_as_asked():
     changed = (once != x).flatten(1).any(1).float().mean()
     assert 0.4 < changed < 0.58                                                 # 1 - 0.8^3 = 0.488
     black = (once == -1).all(1).flatten(1).float().mean(1)                  # the crop: a fifth of all images,
-    assert 0.14 < (black > 0.01).float().mean() < 0.26 and black.max() < 0.85  # 20 % of the area or more is kept
+    assert 0.14 < (black > 0.01).float().mean() < 0.26 and black.max() < 0.85  # 20 % or more is kept
 
 
-# ------------------------------------------------------------------------------------------------- DiT, diffusion
+# --------------------------------------------------------------------------------------------- DiT, diffusion
 
 
 def test_patchify_round_trip():
@@ -252,7 +254,7 @@ def test_image_noise_and_velocity_round_trip():
     x_t, v = a * x + s * noise, a * noise - s * x
     assert torch.allclose(a ** 2 + s ** 2, torch.ones_like(a))
     assert torch.allclose(a * x_t - s * v, x, atol=1e-5) and torch.allclose(s * x_t + a * v, noise, atol=1e-5)
-    assert torch.equal(x_t[0], x[0]) and torch.allclose(x_t[3], noise[3], atol=1e-6)  # t = 0 image, t = 1 noise
+    assert torch.equal(x_t[0], x[0]) and torch.allclose(x_t[3], noise[3], atol=1e-6)
 
 
 class Oracle(torch.nn.Module):
@@ -273,7 +275,7 @@ def test_losses_of_a_perfect_dit(monkeypatch):
     w = F.normalize(backbone(x)).detach()
     v_loss, identity_loss = model.dit_loss(Oracle(x), backbone, x, w, None)
     assert v_loss < 1e-6 and identity_loss < 1e-6
-    _, opposite = model.dit_loss(Oracle(x), backbone, x, -w, None, drop=0)  # |f + f|^2 = 4, weighted by a^2 <= 1
+    _, opposite = model.dit_loss(Oracle(x), backbone, x, -w, None, drop=0)  # |f + f|^2 = 4, times a^2
     assert 1.5 < opposite < 2.5                                     # t is symmetric about 1/2: mean a^2 = 1/2
     _, nobody = model.dit_loss(Oracle(x), backbone, x, -w, None, drop=1)
     assert nobody == 0
@@ -292,7 +294,7 @@ def test_prototype_is_dropped_as_often_as_asked():
 
 
 def test_solver_recovers_a_gaussian():
-    """For data N(m, d^2) the best x0 is known and so is the exact flow: noise e ends at m + d e. Order two shows."""
+    """For data N(m, d^2) the best x0 is known and so is the flow: noise e ends at m + d e."""
     m, d = 0.7, 0.4
 
     def denoise(x, t):
@@ -321,11 +323,12 @@ def test_guidance_is_linear_and_skips_what_it_does_not_need():
     assert calls == [True, True, False, True]
 
 
-# ----------------------------------------------------------------------------------------------- saving, loading
+# -------------------------------------------------------------------------------------------- saving, loading
 
 
 def test_save_and_load_give_back_the_same_network(tmp_path):
-    net, prototypes = model.Recogniser(model.FRConfig(size=32, **model.FR_ARCHS["tiny"])), model.Prototypes(3, 2, 64)
+    net = model.Recogniser(model.FRConfig(size=32, **model.FR_ARCHS["tiny"]))
+    prototypes = model.Prototypes(3, 2, 64)
     net(torch.randn(4, 3, 32, 32))                                              # moves the running statistics
     tensors = {f"backbone.{name}": t for name, t in net.state_dict().items()}
     tensors |= {f"prototypes.{name}": t for name, t in prototypes.state_dict().items()}
@@ -354,9 +357,9 @@ def test_published_checkpoints_load(tmp_path, capsys):
     x = torch.randn(1, 3, 112, 112)
     with torch.no_grad():
         assert torch.allclose(backbone(x), bgr(x.flip(1))) and not torch.allclose(backbone(x), bgr(x))
-    for changes, named in (({"model.body.3.res_layer.1.weight": torch.zeros(1)}, "size mismatch for body.3.res_layer.1.weight"),
-                           ({"model.extra": torch.zeros(1)}, "Unexpected key(s) in state_dict: \"extra\"")):
-        published(tmp_path / "b.pth", **changes)
+    for key, named in (("body.3.res_layer.1.weight", "size mismatch for body.3.res_layer.1.weight"),
+                       ("extra", "Unexpected key(s) in state_dict: \"extra\"")):
+        published(tmp_path / "b.pth", **{f"model.{key}": torch.zeros(1)})
         with pytest.raises(SystemExit):
             model.load_recogniser(tmp_path / "b.pth", CPU)
         assert named in capsys.readouterr().err
@@ -377,15 +380,16 @@ def test_a_truncated_checkpoint_is_one_clear_line(tmp_path, keep, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-# -------------------------------------------------------------------------------------------------------- faces
+# ------------------------------------------------------------------------------------------------------ faces
 
 
 def test_similarity_is_least_squares():
     source, target = torch.randn(3, 5, 2, dtype=torch.float64), torch.randn(3, 5, 2, dtype=torch.float64)
     scale, shift = data.similarity(source, target)
     for s, t, moved in zip(source.numpy(), target.numpy(), data.move(source, scale, shift).numpy()):
-        rows = np.concatenate([np.stack([s[:, 0], -s[:, 1], np.ones(5), np.zeros(5)], 1),  # x' = a x - b y + c
-                               np.stack([s[:, 1], s[:, 0], np.zeros(5), np.ones(5)], 1)])  # y' = a y + b x + d
+        # x' = a x - b y + c and y' = a y + b x + d, solved for a, b, c, d
+        rows = np.concatenate([np.stack([s[:, 0], -s[:, 1], np.ones(5), np.zeros(5)], 1),
+                               np.stack([s[:, 1], s[:, 0], np.zeros(5), np.ones(5)], 1)])
         solution = np.linalg.lstsq(rows, t.T.reshape(-1), rcond=None)[0]
         assert np.allclose((rows @ solution).reshape(2, 5).T, moved)
 
@@ -393,7 +397,8 @@ def test_similarity_is_least_squares():
 def test_drawn_people_are_themselves_in_every_picture():
     who = torch.rand(6, data.IDENTITY_DIALS).repeat_interleave(5, 0)
     images, landmarks = data.draw_faces(who, torch.rand(30, data.NUISANCE_DIALS), 32)
-    assert images.shape == (30, 3, 32, 32) and images.isfinite().all() and images.min() >= 0 and images.max() <= 1
+    assert images.shape == (30, 3, 32, 32) and images.isfinite().all()
+    assert images.min() >= 0 and images.max() <= 1
     assert (landmarks - data.TEMPLATE).abs().mean() < 0.08             # aligned to the template, but for pose
     yaw = torch.full((2, data.NUISANCE_DIALS), 0.5)
     yaw[0, 0], yaw[1, 0] = 0, 1                                               # the first nuisance dial is yaw
@@ -402,7 +407,7 @@ def test_drawn_people_are_themselves_in_every_picture():
 
 
 def test_landmarks_lie_on_the_features():
-    """Where a landmark says an eye is, the drawing has the eye: repainting eyes changes pixels there and little elsewhere."""
+    """Where a landmark says an eye is, the drawing has it: one dial (the eyelids) moves pixels there alone."""
     who, how = torch.full((1, data.IDENTITY_DIALS), 0.5), torch.full((1, data.NUISANCE_DIALS), 0.5)
     one, landmarks = data.draw_faces(who, how, 112)
     changed = []
@@ -411,8 +416,8 @@ def test_landmarks_lie_on_the_features():
         shut[0, dial] = 0.0
         difference = (data.draw_faces(who, shut, 112)[0] - one).abs().sum(1)[0]
         weight = difference / difference.sum().clamp(min=1e-9)
-        near = sum(weight[max(0, int(y * 112) - 9):int(y * 112) + 10, max(0, int(x * 112) - 12):int(x * 112) + 13].sum()
-                   for x, y in landmarks[0, :2])
+        eyes = [(round(112 * x), round(112 * y)) for x, y in landmarks[0, :2].tolist()]
+        near = sum(weight[y - 9:y + 10, x - 12:x + 13].sum() for x, y in eyes)
         changed.append(near.item())
     assert max(changed) > 0.95                                        # the eyelid dial moves eyes alone
 
@@ -447,7 +452,8 @@ def test_sources_unite_by_identity_name(tmp_path):
 def write_records(root, images, labels, parts=()):
     """train.rec and train.idx as InsightFace has them: a header, images, a list of identities with no image.
 
-    Images named in `parts` are cut in two with the magic between, as RecordIO does where the bytes contain it.
+    Images named in `parts` are cut in two with the magic between, as RecordIO does where the bytes contain
+    it.
     """
     content, index = b"", ""
     empty = [(0, struct.pack("<IfQQff", 2, 0.0, 0, 0, len(images) + 1.0, len(images) + 3.0))]
@@ -459,7 +465,8 @@ def write_records(root, images, labels, parts=()):
         index += f"{key}\t{len(content)}\n"
         pieces = [(0, body)] if key not in parts else [(1, body[:60]), (2, body[60:99]), (3, body[99:])]
         for flag, piece in pieces:
-            content += struct.pack("<II", 0xced7230a, flag << 29 | len(piece)) + piece + b"\0" * (-len(piece) % 4)
+            content += struct.pack("<II", 0xced7230a, flag << 29 | len(piece)) + piece
+            content += b"\0" * (-len(piece) % 4)
     root.mkdir(exist_ok=True)
     (root / "train.rec").write_bytes(content)
     (root / "train.idx").write_text(index)
@@ -487,7 +494,7 @@ def test_a_corrupt_image_among_many_is_skipped_named_and_counted(tmp_path, capsy
     faces = data.Faces([tmp_path / "a"])
     assert len(faces) == len(faces.labels) == len(faces.landmarks) == 119
     assert "person 1/7.png" in capsys.readouterr().err
-    lazy = data.Faces([tmp_path / "a"], memory=0)                               # found out only while training
+    lazy = data.Faces([tmp_path / "a"], memory=0)                              # found out only while training
     seen = [(images, labels) for images, labels, _ in data.batches(lazy, 40, 0, 0, 3)]
     assert "person 1/7.png" in capsys.readouterr().err and len(lazy.bad) == 1
     assert all(images.shape == (40, 3, 32, 32) and images.flatten(1).any(1).all() for images, _ in seen)
@@ -504,7 +511,7 @@ def test_batches_are_a_function_of_the_step(tmp_path):
     whole = [labels.tolist() for _, labels, _ in data.batches(faces, 3, 0, 0, 9)]
     assert whole[4:] == [labels.tolist() for _, labels, _ in data.batches(faces, 3, 0, 4, 9)]
     assert len(whole) == 9 and whole[:3] != whole[3:6]
-    assert sorted(sum(whole[:3], []))[0] == 0 and len(sum(whole[:3], [])) == 9  # one epoch, the remainder dropped
+    assert sorted(sum(whole[:3], []))[0] == 0 and len(sum(whole[:3], [])) == 9  # one epoch
 
 
 def test_benchmark_round_trip_and_protocol(tmp_path):
@@ -538,7 +545,7 @@ def test_benchmarks_written_by_python_2_with_numpy_images_are_read(tmp_path):
     assert images.shape == (20, 3, 8, 8) and images[:, 0].min() == 255 and same.all()
 
 
-# --------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 def test_verification_against_a_literal_protocol(monkeypatch):
@@ -549,7 +556,8 @@ def test_verification_against_a_literal_protocol(monkeypatch):
         f[2:40:2], f[3:40:2] = f[0], f[1]                                       # ties
         monkeypatch.setattr(evaluate, "embed", lambda *_: f)
         result = evaluate.verification(None, None, same)
-        distance = [sum((a - b) ** 2 for a, b in zip(x, y)) for x, y in zip(f[0::2].tolist(), f[1::2].tolist())]
+        distance = [sum((a - b) ** 2 for a, b in zip(x, y))
+                    for x, y in zip(f[0::2].tolist(), f[1::2].tolist())]
         indices, accuracies, start = list(range(pairs)), [], 0
         for fold in range(10):
             stop = start + pairs // 10 + (fold < pairs % 10)
@@ -567,17 +575,18 @@ def test_verification_against_a_literal_protocol(monkeypatch):
 def test_consistency_separability_and_nearest_against_loops():
     f, labels = F.normalize(torch.randn(12, 6)), torch.tensor([0] * 5 + [1] * 4 + [2] * 2 + [3])
     C, S = evaluate.consistency_separability(f, labels)
-    pairs = [[(f[i] @ f[j]).item() for i in range(12) for j in range(i) if labels[i] == labels[j] == c] for c in range(3)]
+    pairs = [[(f[i] @ f[j]).item() for i in range(12) for j in range(i) if labels[i] == labels[j] == c]
+             for c in range(3)]
     centres = [F.normalize(f[labels == c].mean(0), dim=0) for c in range(4)]
     assert C == pytest.approx(np.mean([np.mean(p) for p in pairs]), abs=1e-5)
-    assert S == pytest.approx(np.mean([1 - (centres[i] @ centres[j]).item() for i in range(4) for j in range(4) if i != j]),
-                              abs=1e-5)
+    apart = [1 - (centres[i] @ centres[j]).item() for i in range(4) for j in range(4) if i != j]
+    assert S == pytest.approx(np.mean(apart), abs=1e-5)
     close = evaluate.nearest(f, torch.stack(centres), own=labels, chunk=5)
-    assert close.tolist() == pytest.approx([max((f[i] @ centres[c]).item() for c in range(4) if c != labels[i])
-                                            for i in range(12)], abs=1e-5)
+    naive = [max((f[i] @ centres[c]).item() for c in range(4) if c != labels[i]) for i in range(12)]
+    assert close.tolist() == pytest.approx(naive, abs=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 
 
 def test_poses_are_spread_over_yaw_and_people():
@@ -588,10 +597,13 @@ def test_poses_are_spread_over_yaw_and_people():
     assert poses != sample.choose_poses(by_yaw, people, 8, sample.seeded(0, 2, "poses"))
     yaw = sample.yaw_of(bank)[poses]
     assert len(set(people[poses].tolist())) == 8 and (yaw.diff() >= 0).all()
-    assert len(sample.choose_poses(by_yaw[:4], people, 8, sample.seeded(0))) == 8  # fewer people than pictures
+    assert len(sample.choose_poses(by_yaw[:4], people, 8, sample.seeded(0))) == 8
 
 
-# --------------------------------------------------------------------------------- the scripts, as a user runs them
+# --------------------------------------------------------------------------- the scripts, as a user runs them
+
+
+SAMPLE = ("--virtual", 5, "--per-id", 3, "--steps", 2)
 
 
 @pytest.fixture(scope="module")
@@ -602,19 +614,21 @@ def pipeline(tmp_path_factory):
     folder(cwd / "faces", 24, 4)
     people = (255 * data.draw_faces(torch.rand(20, data.IDENTITY_DIALS).repeat_interleave(4, 0),
                                     torch.rand(80, data.NUISANCE_DIALS), 32)[0]).to(torch.uint8)
-    data.write_bin(cwd / "faces/held.bin", people.view(20, 4, 3, 32, 32), 300, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    data.write_bin(cwd / "faces/held.bin", people.view(20, 4, 3, 32, 32), 300, generator)
     printed = {"fr": script("fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 2, cwd=cwd),
                "dit": script("dit_train.py", "--steps", 4, "--batch", 8, cwd=cwd),
-               "sample": script("sample.py", "--virtual", 5, "--per-id", 3, "--steps", 2, "--batch", 4, cwd=cwd),
-               "fr-virtual": script("fr_train.py", "--data", "runs/virtual", "--virtual", 0, "--out", "runs/fr-virtual",
-                                    "--batch", 8, "--epochs", 1, "--init", "runs/fr", cwd=cwd),
+               "sample": script("sample.py", *SAMPLE, "--batch", 4, cwd=cwd),
+               "fr-virtual": script("fr_train.py", "--data", "runs/virtual", "--virtual", 0, "--batch", 8,
+                                    "--epochs", 1, "--init", "runs/fr", "--out", "runs/fr-virtual", cwd=cwd),
                "evaluate": script("evaluate.py", cwd=cwd)}
     return cwd, printed
 
 
 def test_pipeline_leaves_what_the_readme_says(pipeline):
     cwd, printed = pipeline
-    files = sorted(path.relative_to(cwd / "runs/virtual").as_posix() for path in (cwd / "runs/virtual").rglob("*.*"))
+    virtual = cwd / "runs/virtual"
+    files = sorted(path.relative_to(virtual).as_posix() for path in virtual.rglob("*.*"))
     pictures = [f"v{i:06d}/{j:04d}.jpg" for i in range(5) for j in range(3)]
     assert files == ["grid.jpg", "manifest.csv", "run.json", *pictures]
     rows = list(csv.DictReader((cwd / "runs/virtual/manifest.csv").open()))
@@ -628,26 +642,28 @@ def test_pipeline_leaves_what_the_readme_says(pipeline):
     row = report["datasets"]["runs/virtual"]
     assert (row["identities"], row["images"]) == (5, 15) and row["leakage"]["verdict"] in ("clean", "leaks")
     assert set(row["leakage"]) >= {"threshold", "images_over", "q99", "baseline_q99", "verdict"}
-    assert "virtual to any other" in printed["fr"] and "own cosine real" in printed["dit"] and "runs/fr-virtual" in printed["evaluate"]
+    assert "virtual to any other" in printed["fr"] and "own cosine real" in printed["dit"]
+    assert "runs/fr-virtual" in printed["evaluate"]
 
 
 def test_a_finished_run_is_not_run_again(pipeline):
     cwd, _ = pipeline
     before = (cwd / "runs/virtual/v000000/0000.jpg").stat().st_mtime_ns
-    assert "already complete" in script("sample.py", "--virtual", 5, "--per-id", 3, "--steps", 2, cwd=cwd)
+    assert "already complete" in script("sample.py", *SAMPLE, cwd=cwd)
     assert (cwd / "runs/virtual/v000000/0000.jpg").stat().st_mtime_ns == before
-    error = script("sample.py", "--virtual", 4, "--per-id", 3, "--steps", 2, cwd=cwd, code=2)
+    error = script("sample.py", *SAMPLE, "--virtual", 4, cwd=cwd, code=2)
     assert "virtual = 5, now 4" in error
-    assert "epochs = 2, now 3" in script("fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 3, cwd=cwd, code=2)
+    error = script("fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 3, cwd=cwd, code=2)
+    assert "epochs = 2, now 3" in error
 
 
 def test_interrupted_sampling_gives_the_same_set(pipeline, tmp_path):
     cwd, _ = pipeline
-    arguments = ("--virtual", 5, "--per-id", 3, "--steps", 2, "--batch", 4, "--out", tmp_path / "set")
+    arguments = (*SAMPLE, "--batch", 4, "--out", tmp_path / "set")
     script("sample.py", *arguments, cwd=cwd)
     manifest = (tmp_path / "set/manifest.csv").read_text()
     lines = manifest.splitlines(keepends=True)
-    (tmp_path / "set/manifest.part.csv").write_text("".join(lines[:7]) + lines[7][:5])  # killed in the second batch
+    (tmp_path / "set/manifest.part.csv").write_text("".join(lines[:7]) + lines[7][:5])  # killed in batch two
     (tmp_path / "set/manifest.csv").unlink()
     (tmp_path / "set/v000003/0002.jpg").unlink()
     assert "at image 4 of 15" in script("sample.py", *arguments, cwd=cwd)
@@ -656,19 +672,21 @@ def test_interrupted_sampling_gives_the_same_set(pipeline, tmp_path):
         assert (tmp_path / "set" / path.relative_to(cwd / "runs/virtual")).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("stage, arguments", [("fr", ("fr_train.py", "--data", "faces", "--batch", 16, "--epochs", 20,
-                                                      "--head", "adaface", "--augment")),
-                                              ("dit", ("dit_train.py", "--steps", 4, "--batch", 8, "--preview", 2))])
+@pytest.mark.parametrize("stage, arguments", [
+    ("fr", "fr_train.py --data faces --batch 16 --epochs 20 --head adaface --augment".split()),
+    ("dit", "dit_train.py --steps 4 --batch 8 --preview 2".split())])
 def test_killed_training_continues_to_the_same_weights(pipeline, tmp_path, stage, arguments):
-    """Stops a run with SIGKILL right after its first checkpoint; the same command ends where an unkilled run ends."""
+    """SIGKILL after the first checkpoint, then the same command: it ends where an unkilled run ends."""
     cwd, _ = pipeline
     script(*arguments, "--out", tmp_path / "whole", cwd=cwd)
+    argv = [*arguments, "--out", str(tmp_path / "cut")]
     killer = ("import os, runpy, signal, sys, model; save = model.save_model\n"
               "def save_and_die(*a, **b): save(*a, **b); os.kill(os.getpid(), signal.SIGKILL)\n"
-              f"model.save_model = save_and_die; sys.argv = {[str(a) for a in arguments] + ['--out', str(tmp_path / 'cut')]!r}\n"
+              f"model.save_model = save_and_die; sys.argv = {argv!r}\n"
               f"runpy.run_path({str(HERE / arguments[0])!r}, run_name='__main__')")
     env = {**os.environ, "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
-    assert subprocess.run([sys.executable, "-c", killer], cwd=cwd, env=env, capture_output=True).returncode == -9
+    killed = subprocess.run([sys.executable, "-c", killer], cwd=cwd, env=env, capture_output=True)
+    assert killed.returncode == -9
     assert "continuing" in script(*arguments, "--out", tmp_path / "cut", cwd=cwd)
     whole, cut = (model.load_model(tmp_path / name, stage)[0] for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -733,10 +751,11 @@ def bad_input(case, root):
         return ("evaluate.py", "--pairs", root / "x.bin"), "x.bin"
 
 
-@pytest.mark.parametrize("case", ["missing folder", "empty folder", "no identity folders", "one identity", "unreadable image",
-                                  "record file truncated", "record index of another file", "record index unreadable", "batch of one",
-                                  "odd size", "no recogniser", "wrong stage", "checkpoint of another size", "no landmarks",
-                                  "people nobody knows", "too many virtual people", "broken benchmark"])
+@pytest.mark.parametrize("case", [
+    "missing folder", "empty folder", "no identity folders", "one identity", "unreadable image",
+    "record file truncated", "record index of another file", "record index unreadable", "batch of one",
+    "odd size", "no recogniser", "wrong stage", "checkpoint of another size", "no landmarks",
+    "people nobody knows", "too many virtual people", "broken benchmark"])
 def test_bad_input_is_one_clear_line_and_nothing_is_written(pipeline, tmp_path, case):
     arguments, named = bad_input(case, tmp_path)
     error = script(*arguments, "--out", tmp_path / "out", cwd=pipeline[0], code=2)

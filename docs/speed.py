@@ -1,8 +1,8 @@
 """Measures the speeds that docs/measurements.md quotes: python docs/speed.py
 
 On a GPU at batch 256 and compiled; on a CPU at batch 8, not compiled. Rates are medians of several runs after
-warming up, on random images already on the device. Share of peak: the FLOPs PyTorch counts in one step, over the
-rate of a large bf16 matrix product measured in the same run.
+warming up, on random images already on the device. Share of peak: the FLOPs PyTorch counts in one step, over
+the rate of a large bf16 matrix product measured in the same run.
 """
 import statistics
 import sys
@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import (DIT_SIZES, DiT, DiTConfig, FRConfig, Prototypes, Recogniser, dit_loss, dpm_solver, embed, guided,
-                   to_uint8, vigface_loss)
+from model import (DIT_SIZES, DiT, DiTConfig, FRConfig, Prototypes, Recogniser, dit_loss, dpm_solver, embed,
+                   guided, to_uint8, vigface_loss)
 
 gpu = torch.cuda.is_available()
 device = torch.device("cuda" if gpu else "cpu")
@@ -68,7 +68,8 @@ def stage1(name, batch, kind, layout, fast, virtual):
     parameters = [*backbone.parameters(), *prototypes.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=True)
     x = torch.randn(batch, 3, 112, 112, device=device)
-    labels, handle = torch.randint(10_572, (batch,), device=device), torch.compile(backbone) if fast else backbone
+    labels = torch.randint(10_572, (batch,), device=device)
+    handle = torch.compile(backbone) if fast else backbone
 
     def step(handle=handle):
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
@@ -83,7 +84,8 @@ def stage1(name, batch, kind, layout, fast, virtual):
 def stage2(arch, batch):
     size, patch = arch.split("/")
     dit = DiT(DiTConfig(patch=int(patch), **DIT_SIZES[size])).to(device)
-    backbone = Recogniser(FRConfig()).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    backbone = Recogniser(FRConfig()).eval().requires_grad_(False)
+    backbone.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(dit.parameters(), fused=True)
     x, landmarks = torch.randn(batch, 3, 112, 112, device=device), torch.rand(batch, 5, 2, device=device)
     w = torch.nn.functional.normalize(torch.randn(batch, 512, device=device))
@@ -95,18 +97,21 @@ def stage2(arch, batch):
         (v_loss + 0.05 * identity_loss).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    line(f"stage 2, DiT-{arch} + identity loss, batch {batch}", batch, step, flops_of(lambda: step(dit, backbone)))
+    name = f"stage 2, DiT-{arch} + identity loss, batch {batch}"
+    line(name, batch, step, flops_of(lambda: step(dit, backbone)))
 
     def draw(steps, fast=fast, audit=False, interval=(0.0, 1.0)):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             images = to_uint8(dpm_solver(guided(fast, w, landmarks, 1.5, interval), x, steps))
         return embed(backbone, images, batch) if audit else images
     dit.eval().requires_grad_(False)
-    for steps, audit, interval in ((20, False, (0, 1)), (20, True, (0, 1)), (20, True, (0.2, 0.8))) if gpu else ((1, True, (0, 1)),):
+    runs = ((20, False, (0, 1)), (20, True, (0, 1)), (20, True, (0.2, 0.8))) if gpu else ((1, True, (0, 1)),)
+    for steps, audit, interval in runs:
         one = seconds(lambda: draw(steps, audit=audit, interval=interval), warm=1, steps=1, runs=3)
         flops = flops_of(lambda: draw(steps, dit, audit, interval))
-        print(f"{f'sampling, DiT-{arch}, {steps} steps, guided in {interval}' + ', cosines' * audit:64s} {batch / one:8.1f} img/s  "
-              f"{one * 1000:8.1f} ms              {flops / one / peak:6.1%} of the matrix product", flush=True)
+        name = f"sampling, DiT-{arch}, {steps} steps, guided in {interval}" + ", cosines" * audit
+        print(f"{name:64s} {batch / one:8.1f} img/s  {one * 1000:8.1f} ms              "
+              f"{flops / one / peak:6.1%} of the matrix product", flush=True)
 
 
 if gpu:
@@ -118,6 +123,8 @@ if gpu:
     stage2("B/8", 256)
     stage2("S/8", 256)
 else:
-    stage1("stage 1, eager fp32 NCHW, batch 8", 8, torch.float32, torch.contiguous_format, False, 0)
-    stage1("stage 1, ours: bf16 autocast, channels_last, eager, batch 8", 8, torch.bfloat16, torch.channels_last, False, 0)
+    cl, nchw = torch.channels_last, torch.contiguous_format
+    stage1("stage 1, eager fp32 NCHW, batch 8", 8, torch.float32, nchw, False, 0)
+    stage1("stage 1, ours but eager: bf16, channels_last, batch 8", 8, torch.bfloat16, cl, False, 0)
+    stage1("stage 1, ours: bf16, channels_last, compile, batch 8", 8, torch.bfloat16, cl, True, 0)
     stage2("B/8", 8)
