@@ -156,7 +156,7 @@ def main():
     with open(partial, newline="") as file:
         rows = list(csv.DictReader(file))
     draw_grid(out, [row for row in rows[:8 * args.per_id] if int(row["index"]) < 10], out / "grid.jpg")
-    partial.rename(manifest)                                            # last: it says that the set is complete
+    partial.rename(manifest)                                            # last: it says the set is complete
     own, real = (sum(float(row[key]) for row in rows) / total for key in ("cos_own", "cos_nearest_real"))
     print(f"{total} images of {args.virtual} people in {out}; mean cosine to the own prototype {own:.3f}, "
           f"to the nearest real one {real:.3f}")

@@ -1,4 +1,4 @@
-"""Run with `python -m pytest -q`: formulas against naive references, invariants, scripts as users run them."""
+"""Run with `python -m pytest -q`: formulas against naive ones, invariants, scripts as users run them."""
 import csv
 import io
 import json
@@ -407,7 +407,7 @@ def test_drawn_people_are_themselves_in_every_picture():
 
 
 def test_landmarks_lie_on_the_features():
-    """Where a landmark says an eye is, the drawing has it: one dial (the eyelids) moves pixels there alone."""
+    """Where a landmark says an eye is, the drawing has it: one dial (eyelids) moves pixels there alone."""
     who, how = torch.full((1, data.IDENTITY_DIALS), 0.5), torch.full((1, data.NUISANCE_DIALS), 0.5)
     one, landmarks = data.draw_faces(who, how, 112)
     changed = []
