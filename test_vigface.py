@@ -511,6 +511,8 @@ def test_batches_are_a_function_of_the_step(tmp_path):
     whole = [labels.tolist() for _, labels, _ in data.batches(faces, 3, 0, 0, 9)]
     assert whole[4:] == [labels.tolist() for _, labels, _ in data.batches(faces, 3, 0, 4, 9)]
     assert len(whole) == 9 and whole[:3] != whole[3:6]
+    epoch = torch.cat([images for images, _, _ in data.batches(faces, 3, 0, 0, 3)])
+    assert len({image.numpy().tobytes() for image in epoch}) == 9               # no image twice
     assert sorted(sum(whole[:3], []))[0] == 0 and len(sum(whole[:3], [])) == 9  # one epoch
 
 
