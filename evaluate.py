@@ -133,13 +133,12 @@ def main():
     text = "Verification accuracy (mean ± standard deviation over ten folds)\n\n"
     text += table(["recogniser", *names, "average"], *rows)
 
-    datasets = args.datasets
+    datasets, source, size = args.datasets, args.real or meta["data"], teacher.cfg.size
     if datasets is None:
-        datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() else []
+        datasets = ["runs/virtual"] if source and Path("runs/virtual/manifest.csv").is_file() else []
+    if datasets and not source:
+        fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
     if datasets:
-        size, source = teacher.cfg.size, args.real or meta["data"]
-        if not source:
-            fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
         real = Faces(source, size)
         f, labels = embed_faces(teacher, real, device)
         centres = class_centres(f, labels)[0]
