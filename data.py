@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from model import fail, replace_file, to_uint8
@@ -49,6 +49,12 @@ def move(points, scale, shift):
     return torch.view_as_real(scale * torch.view_as_complex(points.contiguous()) + shift)
 
 
+def yaw_of(landmarks):
+    """How far faces (M, 5, 2) look aside: the nose's offset from between the eyes, in eye distances (M,)."""
+    left, right, nose = landmarks[:, :3, 0].unbind(1)
+    return (nose - (left + right) / 2) / (right - left).abs().clamp(min=1e-3)
+
+
 # ------------------------------------------------------------------------------------------ the demo's people
 
 IDENTITY_DIALS, NUISANCE_DIALS = 192, 32        # uniform numbers that make a person, and a picture of them
@@ -57,8 +63,8 @@ IDENTITY_DIALS, NUISANCE_DIALS = 192, 32        # uniform numbers that make a pe
 def draw_faces(identity, nuisance, size):
     """Draws people (B, 192) under nuisance (B, 32), both in [0, 1]: images (B, 3, S, S), landmarks (B, 5, 2).
 
-    The head is an ellipsoid with bumps; each pixel's ray is cast onto it and features are painted in the
-    head's own coordinates, so pose, parallax and landmarks are exact. Some 190 dials vary independently,
+    Everybody is a smooth deformation and colouring of one face, painted on an ellipsoid with bumps; each
+    pixel's ray is cast onto it, so pose, parallax and landmarks are exact. The dials vary independently,
     because virtual people can only differ from everybody as much as the space of faces is wide.
     """
     B, pixel = len(identity), 2.2 / size                                # pixel: head units
@@ -67,34 +73,37 @@ def draw_faces(identity, nuisance, size):
     vary = lambda low, high: low + (high - low) * next(how)             # a circumstance (B, 1) of the picture
     colour = lambda pick, low, high: torch.stack([pick(low, high) for _ in range(3)], 1)        # (B, 3, 1)
     edge = lambda inward, softness=1.0: (inward / (pixel * softness) + 0.5).clamp(0, 1)     # one pixel wide
+    waves = [(k, l, m * math.pi / 2) for k in (1.5, 3.5) for l in (1.5, 3.5) for m in (0, 1)]
 
-    # The head: radii, turn (rows are the head's axes in view), and bumps for nose, chin, brow, cheeks, jaw.
+    # The person: radii of the head, a deformation, mirror symmetric, that is a sum of waves; bumps (x, y,
+    # wide, tall, out) for nose tip and bridge, chin, brow, cheek, jaw. The turn has the head's axes as rows.
     radii = torch.stack([dial(.80, .98), dial(1.08, 1.32), dial(.85, 1.05)], 1)                 # (B, 3, 1)
+    sway, lift = ([dial(-.1, .1) / k for k, *_ in waves] for _ in "uv")
+    bumps = [(0, .19, dial(.09, .16), .12, dial(.16, .34)), (0, 0, dial(.06, .1), .2, dial(.03, .14)),
+             (0, .85, dial(.2, .4), .2, dial(-.1, .14)), (0, -.34, .5, .1, dial(0, .08)),
+             (.48, .2, .22, .2, dial(-.08, .08)), (.68, .58, .25, .25, dial(-.14, .1))]
     yaw, pitch = vary(-.8, .8), vary(-.3, .3)
     sy, cy, sp, cp = yaw.sin(), yaw.cos(), pitch.sin(), pitch.cos()
     turn = torch.cat([cy, 0 * cy, -sy, -sy * sp, cp, -cy * sp, sy * cp, sp, cy * cp], 1).view(B, 3, 3)
-    eye_x, eye_y, eye_skew, mid = dial(.33, .45), dial(-.24, -.08), dial(-.03, .03), 0 * yaw
-    nose_x, nose_y, mouth_y, mouth_w = dial(-.025, .025), dial(.13, .25), dial(.44, .58), dial(.2, .32)
-    smile, gape = vary(-.04, .09), vary(-.05, .1).clamp(min=0)
-    mouth_w, jaw_x, jaw_y = mouth_w * (1 + 2 * smile), dial(.6, .75), dial(.5, .65)
-    cheek_x, cheek_y = dial(.4, .55), dial(.1, .3)
-    bump_x, bump_y, bump_w, bump_h, bump_out = (torch.stack(column, 1) for column in zip(  # (B, 8, 1) each
-        (nose_x, nose_y, dial(.09, .16), dial(.09, .15), dial(.16, .34)),
-        (nose_x, nose_y - .2, dial(.06, .1), mid + .2, dial(.03, .14)),
-        (mid, mid + .85, dial(.2, .4), mid + .2, dial(-.1, .14)),
-        (mid, eye_y - .18, mid + .5, mid + .1, dial(0, .08)),
-        *((side * cheek_x, cheek_y, mid + .22, mid + .2, dial(-.08, .08)) for side in (-1, 1)),
-        *((side * jaw_x, jaw_y, mid + .25, mid + .25, dial(-.14, .1)) for side in (-1, 1))))
+
+    def template(u, v):
+        """Where on the one face the points (u, v) (B, P) of these people's faces lie."""
+        return (u + sum(a * (k * u).sin() * (l * v + m).cos() for a, (k, l, m) in zip(sway, waves)),
+                v + sum(a * (k * u).cos() * (l * v + m).cos() for a, (k, l, m) in zip(lift, waves)))
 
     def swell(u, v):
-        """The head's radius (B, P), in the ellipsoid's, in the direction seen at (u, v) from the front."""
-        across, down = (u[:, None] - bump_x) / bump_w, (v[:, None] - bump_y) / bump_h
-        return 1 + (bump_out * torch.exp(-across ** 2 - down ** 2)).sum(1)
+        """The head's radius (B, P), in the ellipsoid's, at template points (u, v)."""
+        return 1 + sum(out * torch.exp(-((u.abs() - x) / wide) ** 2 - ((v - y) / tall) ** 2)
+                       for x, y, wide, tall, out in bumps)
 
-    # Five landmarks on that surface, and the similarity that carries them to the template, a little off.
-    u = torch.cat([-eye_x, eye_x, nose_x, -mouth_w, mouth_w], 1)
-    v = torch.cat([eye_y - eye_skew, eye_y + eye_skew, nose_y, mouth_y - smile, mouth_y - smile], 1)
-    points = torch.stack([u, v, (1 - u * u - v * v).sqrt()], 1) * radii * swell(u, v)[:, None]  # (B, 3, 5)
+    # Five landmarks on that surface, and the similarity that carries them to the aligned crop, a little off.
+    smile, gape = vary(-.04, .09), vary(-.05, .1).clamp(min=0)
+    mouth_w, mouth_y = .26 * (1 + 2 * smile), .51 - smile
+    wanted = u, v = (torch.cat([0 * yaw - .39, 0 * yaw + .39, 0 * yaw, -mouth_w, mouth_w], 1),
+                     torch.cat([0 * yaw - .16, 0 * yaw - .16, 0 * yaw + .19, mouth_y, mouth_y], 1))
+    for _ in range(12):                                                 # invert the deformation
+        u, v = (now + want - there for now, want, there in zip((u, v), wanted, template(u, v)))
+    points = torch.stack([u, v, (1 - u * u - v * v).sqrt()], 1) * radii * swell(*wanted)[:, None]
     points = (turn.mT @ points)[:, :2].mT                                                       # (B, 5, 2)
     scale, shift = similarity(points, TEMPLATE.expand(B, 5, 2))
     scale = scale * torch.polar(vary(.95, 1.05), vary(-.05, .05))
@@ -110,73 +119,54 @@ def draw_faces(identity, nuisance, size):
         inside = ab ** 2 - bb * (aa - rho ** 2)                         # > 0 where the ray hits
         z = (inside.clamp(min=0).sqrt() - ab) / bb
         u, v, w = ((a + b * z[:, None]) / rho[:, None]).unbind(1)       # (B, P) each: the face's coordinates
+        u, v = template(u, v)
         rho = swell(u, v)
-    facing = w > 0
+    side = u.abs()                                                      # the template is symmetric
 
-    def blob(x, y, wide, tall, tilt=mid, bend=0.0, softness=1.0):
-        """The mask (B, P) of an ellipse on the face at (x, y), tilted (radians) and bent like a brow."""
+    def blob(x, y, wide, tall, tilt=0 * yaw, bend=0.0, softness=1.0, u=side):
+        """The mask (B, P) of an ellipse at (x, y) and its mirror image, tilted (radians) and bent."""
         across = ((u - x) * tilt.cos() + (v - y) * tilt.sin()) / wide
         down = (v - y) * tilt.cos() - (u - x) * tilt.sin() - bend * across ** 2
-        return edge((1 - (across ** 2 + (down / tall) ** 2 + 1e-9).sqrt()) * tall, softness) * facing
+        return edge((1 - (across ** 2 + (down / tall) ** 2 + 1e-9).sqrt()) * tall, softness) * (w > 0)
 
-    def paint(tint, mask):
-        nonlocal canvas
-        canvas = canvas + mask[:, None] * (tint - canvas)
-
-    # Skin with a smooth random colouring; beard, cheeks, nose.
+    # Skin, coloured by the same waves, then what is painted on it, in turn, as (tint, mask).
     skin = torch.tensor([.62, .44, .35])[:, None] + dial(-.27, .3)[:, None] + colour(dial, -.08, .08)
     hair, iris, lip = colour(dial, .02, .65), colour(dial, .05, .6), skin * colour(dial, .55, 1.05)
-    canvas = skin.expand(B, 3, size * size)
-    for k in range(5):
-        phase = ((u * math.cos(2.4 * k) + v * math.sin(2.4 * k)) * (2.5 + 1.2 * k))[:, None]
-        canvas = canvas + colour(dial, -.045, .045) * phase.sin() + colour(dial, -.045, .045) * phase.cos()
-    beard = blob(mid, mouth_y + .25, dial(.2, .7), dial(.1, .4), softness=3) * dial(-.7, .8).clamp(min=0)
-    paint(hair * .6 + skin * .3, beard)
-    for side in (-1, 1):
-        paint(skin * colour(dial, .7, 1.1), blob(side * .5, .3, .25, .2, softness=4))
-        paint(skin * .6, blob(nose_x + side * dial(.1, .16), nose_y + .05, .02, .06) * .6)
-        paint(skin * .45, blob(nose_x + side * dial(.05, .1), nose_y + .09, .035, .028))
-
-    # Mouth: upper lip, lower lip, the opening.
-    upper, lower, lower_w = dial(.03, .06) + gape, dial(.03, .07), mouth_w * dial(.6, .9)
-    paint(lip, blob(mid, mouth_y - dial(0, .03), mouth_w, upper, dial(-.08, .08), -smile))
-    paint(lip * colour(dial, .8, 1.2), blob(mid, mouth_y + .04 + gape, lower_w, lower, bend=-smile))
-    paint(skin * .25, blob(mid, mouth_y + gape / 2, mouth_w * .9, .012 + gape * .7, bend=-smile))
-
-    # Eyes and brows: both sides share their dials but for a little asymmetry.
-    wide, tall, slant, lash = dial(.1, .16), dial(.05, .085), dial(-.3, .3), dial(.01, .03)
-    shadow, bag, pupil = skin * colour(dial, .55, 1.05), skin * colour(dial, .7, 1), dial(.035, .055)
-    brow, brow_gap, brow_w = hair * dial(.3, .9)[..., None], dial(.12, .2), dial(.13, .23)
-    brow_h, brow_tilt, brow_bend = dial(.018, .05), dial(-.3, .3), dial(0, .08)
-    lid, gaze, surprise = tall * vary(.5, 1.1), vary(-.05, .05), vary(-.015, .04)
-    for side in (-1, 1):
-        x, y, tilt = side * eye_x, eye_y + side * eye_skew, side * slant
-        paint(shadow, blob(x, y - .03, wide * 1.5, tall * 1.6, softness=3))
-        paint(bag, blob(x, y + .11, wide * 1.1, .04, softness=2) * .7)
-        paint(skin * .3, blob(x, y - lash, wide * 1.08, lid + lash / 2, tilt))
-        eyeball = blob(x, y, wide, lid, tilt)
-        paint(torch.tensor([.93, .92, .9])[:, None], eyeball)
-        paint(iris, blob(x + gaze, y, pupil, pupil) * eyeball)
-        paint(iris * .15, blob(x + gaze, y, pupil * .45, pupil * .45) * eyeball)
-        tilt = side * brow_tilt + dial(-.08, .08)
-        paint(brow, blob(x, y - brow_gap - surprise, brow_w, brow_h * dial(.8, 1.2), tilt, brow_bend))
-
-    # Up to five marks or moles, glasses (28 % wear them), hair (92 % have it).
-    for _ in range(5):
-        mark = blob(dial(-.75, .75), dial(-.6, .8), dial(.02, .09), dial(.02, .06), dial(-1.5, 1.5))
-        paint(skin * colour(dial, .2, 1.2), mark * (dial(-.6, 1) > 0))
-    worn, rim, thin = dial(0, 1) > .72, colour(dial, 0, .6), dial(.8, .9)
-    glass_w, glass_h = dial(.17, .24), dial(.12, .2)
-    for x in (-eye_x, eye_x):
-        paint(rim, (blob(x, eye_y, glass_w, glass_h) - blob(x, eye_y, glass_w * thin, glass_h * thin)) * worn)
-    paint(rim, blob(mid, eye_y, eye_x - glass_w, .025) * worn)
+    canvas = skin + sum(colour(dial, -.06, .06) * ((k * u).cos() * (l * v + m).cos())[:, None]
+                        for k, l, m in waves)
+    lid, upper, lower = dial(.05, .085) * vary(.5, 1.1), dial(.03, .06) + gape, dial(.03, .07)
+    slant, eye_w, pupil, gaze = dial(-.3, .3), dial(.11, .16), dial(.035, .055), vary(-.05, .05) * u.sign()
+    eye = blob(.39, -.16, eye_w, lid, slant)
+    glass_w, glass_h, rim = dial(.17, .24), dial(.12, .2), dial(.8, .9)
+    glasses = blob(.39, -.16, glass_w, glass_h) - blob(.39, -.16, glass_w * rim, glass_h * rim)
+    glasses = torch.maximum(glasses, blob(0, -.16, .39 - glass_w, .025)) * (dial(0, 1) > .72)
     hairline = dial(-.85, -.5) + dial(-.1, .5) * u ** 2
-    for k in range(3, 13, 3):
-        hairline = hairline + dial(-.05, .05) * (k * u).cos() + dial(-.05, .05) * (k * u).sin()
-    sides = edge(u.abs() - dial(.75, 1.05) - .25 * (v - dial(-.2, .5)).clamp(min=0), 2) * (v < dial(-.1, .7))
+    hairline = hairline + sum(dial(-.05, .05) * (k * u).cos() for k in (3, 6, 9, 12))
+    curtain = edge(side - dial(.75, 1.05) - .25 * (v - dial(-.2, .5)).clamp(min=0), 2) * (v < dial(-.1, .7))
     streak = 1 + dial(0, .35) * torch.sin(dial(8, 30) * u + dial(-8, 8) * v + dial(0, 6))
-    has_hair = dial(0, 1) > .08
-    paint(hair * streak[:, None], torch.maximum(edge(hairline - v, 2), sides).where(facing, 1.0) * has_hair)
+    beard = blob(0, .76, dial(.2, .7), dial(.1, .4), softness=3)
+    has_hair, white = dial(0, 1) > .08, torch.tensor([.93, .92, .9])[:, None]
+    layers = [
+        (hair * .6 + skin * .3, beard * dial(-.7, .8).clamp(min=0)),
+        (skin * colour(dial, .7, 1.1), blob(.5, .3, .25, .2, softness=4)),                      # cheeks
+        (skin * .45, blob(dial(.05, .1), .28, .035, .028)),                                     # nostrils
+        (lip, blob(0, .51 - dial(0, .03), mouth_w, upper, bend=-smile)),
+        (lip * colour(dial, .8, 1.2), blob(0, .55 + gape, mouth_w * dial(.6, .9), lower, bend=-smile)),
+        (skin * .25, blob(0, .51 + gape / 2, mouth_w * .9, .012 + gape * .7, bend=-smile)),
+        (skin * colour(dial, .55, 1.05), blob(.39, -.19, .2, .12, softness=3)),                 # eye shadow
+        (skin * colour(dial, .7, 1), blob(.39, -.05, .15, .04, softness=2) * .7),               # and bags
+        (skin * .3, blob(.39, -.16 - dial(.01, .03), eye_w * 1.08, lid, slant)),                # lashes
+        (white, eye), (iris, blob(.39 + gaze, -.16, pupil, pupil) * eye),
+        (iris * .15, blob(.39 + gaze, -.16, pupil * .45, pupil * .45) * eye),
+        (hair * dial(.3, .9)[..., None], blob(.39, -.32 - vary(-.015, .04), dial(.13, .23), dial(.018, .05),
+                                              dial(-.3, .3), dial(0, .08))),                    # brows
+        *((skin * colour(dial, .2, 1.2), (dial(-.6, 1) > 0) * blob(                             # marks
+            dial(-.75, .75), dial(-.6, .8), dial(.02, .09), dial(.02, .06), dial(-1.5, 1.5), u=u))
+          for _ in range(5)),
+        (colour(dial, 0, .6), glasses),
+        (hair * streak[:, None], torch.maximum(edge(hairline - v, 2), curtain).where(w > 0, 1.0) * has_hair)]
+    for tint, mask in layers:
+        canvas = canvas + mask[:, None] * (tint - canvas)
 
     # Light on the surface normals, which are the slope of the depth map.
     depth = (z * (inside > 0)).view(B, size, size)
@@ -188,9 +178,7 @@ def draw_faces(identity, nuisance, size):
     head = canvas.clamp(0, 1) * lit * (1 + colour(vary, -.08, .08))
 
     # Background; in front of it the hair behind the head, the neck, the head.
-    across, down = xy[:, :1], xy[:, 1:]
-    image = colour(vary, .1, .8) + colour(vary, -.2, .2) * across + colour(vary, -.2, .2) * down
-    image = image + .1 * torch.sin(across * vary(1, 6)[:, None] + down * vary(1, 6)[:, None])
+    image = colour(vary, .1, .8) + colour(vary, -.2, .2) * xy[:, :1] + colour(vary, -.2, .2) * xy[:, 1:]
     volume, below = dial(1.02, 1.25), dial(-.4, 1.4) - (a - b * (ab / bb)[:, None])[:, 1]
     behind = edge(ab ** 2 - bb * (aa - volume ** 2), 3) * edge(below, 2) * has_hair
     neck = edge(dial(.4, .65) - xy[:, 0].abs(), 2) * edge(xy[:, 1] - .6)
@@ -199,11 +187,18 @@ def draw_faces(identity, nuisance, size):
     return image.view(B, 3, size, size).clamp(0, 1), move(points, scale, shift)
 
 
-def write_landmarks(path, files, landmarks):
-    """Writes landmarks.csv: file names relative to its folder, landmarks (M, 5, 2) in pixels."""
-    rows = [[name, *map("{:.2f}".format, row)] for name, row in zip(files, landmarks.flatten(1).tolist())]
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([["file", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")], *rows])
+def write_csv(path, header, rows):
+    """Writes a CSV file, all of it or nothing."""
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    replace_file(path, write)
+
+
+def write_landmarks(path, rows):
+    """Writes landmarks.csv from pairs of a file name, relative to its folder, and landmarks (5, 2) in pixels."""
+    write_csv(path, ["file", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")], (
+        [name, *map("{:.2f}".format, points.flatten().tolist())] for name, points in rows))
 
 
 def write_bin(path, images, pairs, generator):
@@ -237,7 +232,7 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32, seed=0):
     for name, image in zip(files, images):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         write_png(temporary / name, image)
-    write_landmarks(temporary / "landmarks.csv", files, torch.cat(landmarks))
+    write_landmarks(temporary / "landmarks.csv", zip(files, torch.cat(landmarks)))
     write_bin(temporary / "heldout.bin", images[count:].view(held_out, -1, 3, size, size), 3000, generator)
     os.replace(temporary, root)
 
@@ -258,6 +253,17 @@ def read_image(file, size=None):
 def write_png(file, image):
     """Writes a uint8 image (3, S, S) to a path or a buffer, without loss."""
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+
+
+def contact_sheet(path, rows, side=96):
+    """Writes rows of (uint8 image (3, S, S), caption) as one JPEG, each caption drawn on its picture."""
+    sheet = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)))
+    for y, row in enumerate(rows):
+        for x, (image, caption) in enumerate(row):
+            tile = to_pil_image(image).resize((side, side), Image.Resampling.BICUBIC)
+            ImageDraw.Draw(tile).text((3, side - 15), caption, "white", stroke_width=1, stroke_fill="black")
+            sheet.paste(tile, (x * side, y * side))
+    replace_file(path, lambda temporary: sheet.save(temporary, "JPEG", quality=92))
 
 
 @functools.lru_cache
@@ -289,6 +295,18 @@ class Record(NamedTuple):
             at += 8 + (length + 3) // 4 * 4
         record = struct.pack("<I", self.MAGIC).join(parts)
         return io.BytesIO(record[24 + 4 * struct.unpack_from("<I", record)[0]:])
+
+
+def pack_record(key, labels, image=b""):
+    """The bytes of one record, as `Record` reads it: several labels make a vector."""
+    vector = np.array(labels, "<f4").tobytes() if len(labels) > 1 else b""
+    body = struct.pack("<IfQQ", len(vector) // 4, labels[0], key, 0) + vector + image
+    magic = struct.pack("<I", Record.MAGIC)
+    cuts = 4 * np.flatnonzero(np.frombuffer(body[:len(body) // 4 * 4], "<u4") == Record.MAGIC)
+    pieces = [body[start:stop] for start, stop in zip([0, *cuts + 4], [*cuts, len(body)])]
+    flags = [0] if len(pieces) == 1 else [1, *[2] * (len(pieces) - 2), 3]
+    return b"".join(magic + struct.pack("<I", flag << 29 | len(piece)) + piece + b"\0" * (-len(piece) % 4)
+                    for flag, piece in zip(flags, pieces))
 
 
 def read_index(path):
@@ -335,17 +353,50 @@ class BinUnpickler(pickle.Unpickler):
 
 
 def read_bin(path, size):
-    """An InsightFace .bin benchmark: uint8 images (2P, 3, S, S), pair p is 2p and 2p + 1; same (P,) bool."""
+    """The encoded images and the verdicts of an InsightFace .bin, decoded."""
+    with open(path, "rb") as file:
+        encoded, same = BinUnpickler(file, encoding="bytes").load()
+    images = torch.stack([read_image(io.BytesIO(bytes(image)), size)[0] for image in encoded])
+    return images, torch.as_tensor(np.asarray(same, dtype=bool))
+
+
+def read_pairs(path, size, folder):
+    """LFW's pairs.txt and the folder of its people, as `read_bin` gives a benchmark.
+
+    After a line with the number of folds: `name i j` for two images of a person, `name i other j` for two.
+    """
+    names, same = [], []
+    for number, line in enumerate(path.read_text().splitlines()[1:], 2):
+        words = line.split()
+        try:
+            first, i, other, j = words if len(words) == 4 else [words[0], words[1], words[0], words[2]]
+            first, other = Path(first).name, Path(other).name           # names, no paths
+            names += [f"{first}/{first}_{int(i):04d}", f"{other}/{other}_{int(j):04d}"]
+            same.append(len(words) == 3)
+        except (ValueError, IndexError):
+            fail(f"{path}, line {number}: expected 'name i j' or 'name i other j', found '{line[:80]}'")
+    stored, images = {}, []
+    for name in names:
+        if name not in stored:
+            found = [file for end in ("jpg", "jpeg", "png") if (file := folder / f"{name}.{end}").is_file()]
+            if not found:
+                fail(f"{path}: {folder} has no {name}.jpg or .png; give --images the folder of its people")
+            stored[name] = read_image(found[0], size)[0]
+        images.append(stored[name])
+    return torch.stack(images), torch.tensor(same)
+
+
+def read_benchmark(path, size, folder=None):
+    """A .bin or pairs.txt benchmark: uint8 images (2P, 3, S, S), pair p is 2p and 2p + 1; same (P,) bool."""
+    path = Path(path)
     try:
-        with open(path, "rb") as file:
-            encoded, same = BinUnpickler(file, encoding="bytes").load()
-        same = torch.as_tensor(np.asarray(same, dtype=bool))
-        images = torch.stack([read_image(io.BytesIO(bytes(image)), size)[0] for image in encoded])
+        text = path.suffix == ".txt"
+        images, same = read_pairs(path, size, Path(folder or path.parent)) if text else read_bin(path, size)
     except Exception as error:                                          # pickles fail in every possible way
-        fail(f"{path}: not a readable InsightFace .bin benchmark ({type(error).__name__}: {error})")
-    if len(images) != 2 * len(same) or len(same) < 10:
-        fail(f"{path}: expected two images a pair and 10 pairs or more, found {len(images)} images "
-             f"and {len(same)} pairs")
+        fail(f"{path}: not a readable .bin or pairs.txt benchmark ({type(error).__name__}: {error})")
+    if len(images) != 2 * len(same) or len(same) < 10 or same.all() or not same.any():
+        fail(f"{path}: expected 10 pairs or more, same and different, of two images each; found "
+             f"{len(images)} images, {same.sum()} pairs of one person and {(~same).sum()} of two")
     return images, same
 
 
@@ -353,7 +404,7 @@ def benchmarks(paths, sources, size):
     """{path: (images, same)} of the benchmarks named, or of every *.bin beside the data."""
     if paths is None:
         paths = [path for source in sources for path in sorted(open_source(source).glob("*.bin"))]
-    return {Path(path): read_bin(path, size) for path in paths}
+    return {Path(path): read_benchmark(path, size) for path in paths}
 
 
 def open_source(name):
@@ -442,18 +493,24 @@ class Faces(Dataset):
                  "over 1 % is no accident, replace or remove them")
 
     def __getitems__(self, indices):
-        """A batch: uint8 images (B, 3, S, S), labels (B,), landmarks (B, 5, 2); last, which were unreadable.
+        """A batch: uint8 images (B, 3, S, S), their indices (B,); last, which were unreadable.
 
         The place of an unreadable image goes to another of the batch.
         """
         if self.images is not None:
-            i = torch.as_tensor(indices)
-            return self.images[i], self.labels[i], self.landmarks[i], []
+            return self.images[torch.as_tensor(indices)], torch.as_tensor(indices), []
         read = {int(i): self.decode(int(i)) for i in indices}
         good = [i for i in read if read[i] is not None]
         i = torch.tensor([i if read[i] is not None else good[0] for i in read])
-        images = torch.stack([read[int(j)] for j in i])
-        return images, self.labels[i], self.landmarks[i], list(read.keys() - good)
+        return torch.stack([read[int(j)] for j in i]), i, list(read.keys() - good)
+
+    def loader(self, order):
+        """Yields (images, indices) of the batches of indices in `order`, decoded by workers if need be."""
+        workers = 0 if self.images is not None else os.cpu_count()
+        for images, i, bad in DataLoader(self, batch_sampler=order, collate_fn=tuple, num_workers=workers,
+                                         pin_memory=torch.cuda.is_available()):
+            self.report(bad)
+            yield images, i
 
 
 def batches(faces, batch, seed, first, last):
@@ -468,9 +525,5 @@ def batches(faces, batch, seed, first, last):
                 shuffled = torch.randperm(len(faces), generator=generator).tolist()
             yield shuffled[position * batch:(position + 1) * batch]
 
-    loader = DataLoader(faces, batch_sampler=order(), collate_fn=tuple,
-                        num_workers=0 if faces.images is not None else os.cpu_count(),
-                        pin_memory=torch.cuda.is_available())
-    for images, labels, landmarks, bad in loader:
-        faces.report(bad)
-        yield images, labels, landmarks
+    for images, i in faces.loader(order()):
+        yield images, faces.labels[i], faces.landmarks[i]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import Faces, batches
 from model import (DIT_SIZES, DiT, DiTConfig, autocast, compiled, dit_loss, dpm_solver, embed, fail, guided,
-                   load_recogniser, replace_file, resume, save_model, save_state, stop_unless_finite,
+                   load_recogniser, replace_file, resume, run, save_model, save_state, stop_unless_finite,
                    to_float, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,7 +101,7 @@ def main():
         own = (embed(backbone, images) * preview_w).sum(1)
         return own[:rows * columns].mean().item(), own[rows * columns:].mean().item()
 
-    prototype_of = W[[row_of[name] for name in faces.names]]            # of each label of the data
+    rows_of = torch.tensor([row_of[name] for name in faces.names])      # a row of W for each label of the data
     losses, logged, since = torch.zeros(2, device=device), first, time.time()
     loader = batches(faces, batch, args.seed, first, steps)
     progress = tqdm(loader, out.name, initial=first, total=steps, mininterval=1, leave=False)
@@ -109,7 +109,7 @@ def main():
         torch.manual_seed(args.seed * 1_000_003 + step)          # so that a resumed run repeats itself
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        x, w = to_float(images.to(device, non_blocking=True)), prototype_of[labels.to(device)]
+        x, w = to_float(images.to(device, non_blocking=True)), W[rows_of[labels].to(device)]
         with autocast(device):
             v_loss, identity_loss = dit_loss(fast, fast_backbone, x, w, landmarks.to(device))
         (v_loss + args.identity_weight * identity_loss).backward()
@@ -125,7 +125,7 @@ def main():
             real, virtual = preview(step + 1)
             save_state(out / "state.pt", settings, step + 1, modules)
             tensors = {f"dit.{name}": t for name, t in average.module.state_dict().items()}
-            tensors |= {"poses.landmarks": faces.landmarks, "poses.labels": faces.labels}
+            tensors |= {"poses.landmarks": faces.landmarks, "poses.rows": rows_of[faces.labels]}
             save_model(out, "dit", cfg, tensors, fr=args.fr, data=data, step=step + 1, steps=steps)
             tqdm.write(f"step {step + 1:6d}/{steps}  loss v {v_mean:.4f} identity {identity_mean:.4f}  "
                        f"own cosine real {real:.3f} virtual {virtual:.3f}  {speed:5.0f} img/s")
@@ -135,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

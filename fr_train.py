@@ -12,14 +12,15 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Faces, batches, benchmarks
-from evaluate import nearest, verification
+from evaluate import embed_faces, nearest, pair_distances, verification
 from model import (FR_ARCHS, FRConfig, Prototypes, Recogniser, autocast, compiled, embed, fail, forward_flops,
-                   load_backbone, peak_flops, resume, save_model, save_state, stop_unless_finite,
+                   load_backbone, peak_flops, resume, run, save_model, save_state, stop_unless_finite,
                    to_float, vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,6 +112,13 @@ def main():
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch} at {size} px, {epochs} epochs of "
           f"{per_epoch} steps of {batch}, on {device}")
 
+    def save(step, **known):
+        """Writes the model for later stages."""
+        tensors = {f"{name}.{key}": t for name in ("backbone", "prototypes")
+                   for key, t in modules[name].state_dict().items()}
+        save_model(out, "fr", cfg, tensors, data=args.data, val=[str(path) for path in tests],
+                   names=list(faces.names), colour="RGB", step=step, steps=steps, **known)
+
     every = per_epoch * -(-100 // per_epoch)           # log and save at whole epochs, 100 steps apart
     losses, logged, since, checked, waited = torch.zeros(3, device=device), first, time.time(), time.time(), 0
     loader = batches(faces, batch, args.seed, first, steps)
@@ -144,13 +152,11 @@ def main():
                     f"{virtual:6.3f} quality {quality:.3f}  lr {rate:.4f}  {speed:5.0f} img/s  "
                     f"{speed * share:4.0%} of peak  data wait {waited / seconds:4.1%}  {left:5.1f} min left")
             save_state(out / "state.pt", settings, step + 1, modules)
-            tensors = {f"{name}.{key}": t for name in ("backbone", "prototypes")
-                       for key, t in modules[name].state_dict().items()}
-            save_model(out, "fr", cfg, tensors, data=args.data, val=[str(path) for path in tests],
-                       names=list(faces.names), colour="RGB", step=step + 1, steps=steps)
+            save(step + 1)
             if step + 1 == steps or time.time() - checked > 60:
                 backbone.eval()
-                scores = [verification(backbone, *test)["accuracy"] for test in tests.values()]
+                scores = [verification(pair_distances(backbone, images), same)["accuracy"]
+                          for images, same in tests.values()]
                 line += "".join(f"  {path.stem} {accuracy:.2%}" for path, accuracy in zip(tests, scores))
                 history.append((sum(scores) / max(1, len(scores)), (step + 1) // per_epoch))
                 backbone.train()
@@ -168,12 +174,15 @@ def main():
         (last, _), (best, when) = history[-1], max(history)
         print(f"mean accuracy at the end {last:.2%}, best {best:.2%} after epoch {when}")
     W, own = prototypes.unit().detach(), torch.arange(n + k, device=device)
-    for name, cosine in (("real to other real", nearest(W[:n], W[:n], own[:n])),
-                         ("virtual to any other", nearest(W[n:], W, own[n:]) if k else None)):
+    data = embed_faces(backbone, prototypes, faces, device)             # how near strangers come, for sample.py
+    strangers = nearest(data.f, W[:n], data.labels)[0].cpu().numpy()
+    save(steps, strangers=float(np.quantile(strangers, 0.99)))
+    for name, cosine in (("real to other real", nearest(W[:n], W[:n], own[:n])[0]),
+                         ("virtual to any other", nearest(W[n:], W, own[n:])[0] if k else None)):
         if cosine is not None:
             print(f"nearest prototype, {name:20s}  mean cosine {cosine.mean():.3f}  max {cosine.max():.3f}")
     print(f"wrote {out / 'model.safetensors'}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,6 +8,7 @@ width. Images inside the networks are RGB in [-1, 1], (B, 3, S, S); landmarks ar
 of the image, in the order left eye, right eye, nose, left and right mouth corner (left and right of the
 image).
 """
+import fcntl
 import json
 import math
 import os
@@ -162,6 +163,9 @@ def embed(backbone, images, batch=256, unit=True):
         with autocast(device):
             chunks.append((backbone(x) + backbone(x.flip(3))).float())
     f = torch.cat(chunks)
+    if not f.isfinite().all():
+        fail(f"the recogniser gives NaN for {(~f.isfinite().all(1)).sum()} of {len(f)} images: it diverged, "
+             "or its weights are damaged; train it again or name another")
     return F.normalize(f) if unit else f
 
 
@@ -460,11 +464,41 @@ def dpm_solver(denoise, x, steps):
 def replace_file(path, write):
     """Lets `write(temporary path)` make a file, flushes and renames it to `path`: nobody reads half."""
     temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:           # what a full disk makes of each writer
+        temporary.unlink(missing_ok=True)
+        fail(f"{path}: cannot be written ({' '.join(str(error).split())[:200]}); nothing is lost, free space or "
+             "choose another --out, and give the same command again")
+
+
+def claim(folder, wait=True):
+    """Holds `folder` until the program ends, so that nobody else runs there; None if wait=False and taken."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
+    except BlockingIOError:
+        return None if not wait else fail(f"{folder}: another process is at work there; wait, or stop it first")
+    except OSError as error:
+        fail(f"{folder}: cannot be written ({error}); choose another --out")
+
+
+def run(main):
+    """Runs a script; what stops it from outside is one line, and the same command continues it."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from what is saved", file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as error:
+        fail(f"{error}; nothing is lost, put it right and give the same command again")
 
 
 def save_model(folder, stage, config, tensors, **meta):

@@ -2,42 +2,62 @@
 
     python sample.py                                        # a small set from runs/dit
     python sample.py --virtual 10000 --per-id 50            # the paper's VIGFace(S)
+    python sample.py --real-to 50                           # more pictures of real people with fewer than 50
+    torchrun --nproc-per-node 8 sample.py --virtual 120000 --per-id 50          # any number of GPUs share it
 
-Writes OUT/v000123/0007.jpg (the eighth picture of virtual prototype 123), OUT/manifest.csv (a row per
-picture: whose pose it has, its cosine to its own prototype and to the nearest real one), OUT/grid.jpg to look
-at and OUT/run.json (settings). Each picture follows from the seed, its identity and its index alone; the same
-command continues a run that was killed.
+Every picture is judged by the recogniser and drawn again if it comes too near a real person, five times at
+most. Writes OUT/v000123/0007.jpg (the eighth picture of virtual prototype 123) or, with --format rec,
+InsightFace records; manifest.csv and landmarks.csv with a row for each, audit.json, grid.jpg to look at, and
+README.md, the dataset's card. A picture follows from the seed, its identity, index and attempt alone; the
+same command continues a run that was killed, and the set comes out the same.
 """
 import argparse
 import csv
 import hashlib
+import io
+import itertools
 import json
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from model import (DiT, DiTConfig, autocast, compiled, dpm_solver, embed, fail, guided, load_model,
-                   load_recogniser, part, replace_file, to_uint8)
+from data import contact_sheet, pack_record, write_csv, write_landmarks, yaw_of
+from model import (DiT, DiTConfig, autocast, claim, compiled, dpm_solver, embed, fail, guided, load_model,
+                   load_recogniser, part, replace_file, run, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
 flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (default: %(default)s)")
 flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
-flag("--out", default="runs/virtual", metavar="DIR", help="the dataset's folder (default: %(default)s)")
+flag("--out", metavar="DIR", help="the dataset's folder (default: runs/virtual; runs/real-aug with --real-to)")
 flag("--virtual", type=int, default=300, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
 flag("--per-id", type=int, default=8, help="pictures of each (default: %(default)s)")
+flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
 flag("--guidance", type=float, default=2.0, help="classifier-free, 1 for none (default: %(default)s)")
 flag("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("T0", "T1"),
      help="guide only at these times, 0 being the image and 1 noise (default: 0 1)")
-flag("--batch", type=int, default=256, help="pictures drawn at once (default: %(default)s)")
+flag("--max-real", type=float, help="highest cosine to a real prototype (default: that of 99 %% of strangers)")
+flag("--min-own", type=float, help="lowest cosine to the own prototype (default: the own must be the nearest, "
+                                   "if it is in a first probe for 80 %% or more)")
+flag("--no-audit", action="store_true", help="draw without judging (default: judge)")
+flag("--format", choices=["jpg", "rec"], default="jpg", help="folders or records (default: %(default)s)")
+flag("--quality", type=int, default=95, help="of the JPEG, 1 to 100 (default: %(default)s)")
+flag("--batch", type=int, help="pictures drawn at once (default: 256 on a GPU, 64 on a CPU)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
-COLUMNS = ["file", "identity", "index", "seed", "landmarks_from", "cos_own", "cos_nearest_real"]
+ATTEMPTS, CHUNK = 5, 8                      # draws of a picture at most; batches whose rows are saved as one
+COLUMNS = ["file", "identity", "index", "attempt", "seed", "landmarks_from", "cos_own", "cos_nearest_real",
+           "quality"]                                                   # of manifest.csv
 
 
 def seeded(*what):
@@ -46,23 +66,17 @@ def seeded(*what):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def yaw_of(landmarks):
-    """How far faces (M, 5, 2) look aside: the nose's offset from between the eyes, in eye distances (M,)."""
-    left, right, nose = landmarks[:, :3, 0].unbind(1)
-    return (nose - (left + right) / 2) / (right - left).abs().clamp(min=1e-3)
-
-
-def choose_poses(by_yaw, people, per_id, generator):
-    """Indices of per_id training faces, spread evenly over yaw, each of another person if there are enough.
+def choose_poses(by_yaw, people, count, generator):
+    """Indices of `count` training faces, spread evenly over yaw, each of another person while there are any.
 
     by_yaw: faces (M,) sorted by yaw; people: whose face each is (M,). So no virtual identity inherits the
     poses of one real person. (paper: unstated how poses are chosen)
     """
     chosen, seen = [], set()
-    for index in range(per_id):
-        for _ in range(32):
-            rank = (index + torch.rand((), generator=generator).item()) / per_id * len(by_yaw)
-            pose = int(by_yaw[int(rank)])
+    for u in (torch.arange(count) + torch.rand(count, generator=generator)) / count:
+        rank = int(u * len(by_yaw))
+        for rank in range(rank, rank + len(by_yaw)):                    # on to the next person not taken yet
+            pose = int(by_yaw[rank % len(by_yaw)])
             if int(people[pose]) not in seen:
                 break
         seen.add(int(people[pose]))
@@ -70,97 +84,265 @@ def choose_poses(by_yaw, people, per_id, generator):
     return chosen
 
 
-def draw_grid(root, rows, path, side=96):
-    """Pictures of manifest rows, an identity a line, each with its cosine to its own prototype drawn on."""
-    names = list(dict.fromkeys(row["identity"] for row in rows))
-    grid = Image.new("RGB", (side * (1 + max(int(row["index"]) for row in rows)), side * len(names)))
-    for row in rows:
-        image = Image.open(root / row["file"]).resize((side, side), Image.Resampling.BICUBIC)
-        label = {"text": row["cos_own"][:-2], "fill": "white", "stroke_width": 1, "stroke_fill": "black"}
-        ImageDraw.Draw(image).text((3, side - 13), **label)
-        grid.paste(image, (int(row["index"]) * side, names.index(row["identity"]) * side))
-    replace_file(path, lambda temporary: grid.save(temporary, "JPEG", quality=92))
+def judged(f, W, n, rows, max_real):
+    """Of unit embeddings f (B, D) drawn for prototypes W[rows]: own and real cosine, near real, astray (B,).
+
+    Near real (the leak rule): the cosine to another person's real prototype is over max_real. Astray (the
+    identity rule): another prototype of its kind, real or virtual, is nearer than its own.
+    """
+    cos = f @ W.T                                                               # (B, n + k)
+    own = cos.gather(1, rows[:, None])[:, 0]
+    cos.scatter_(1, rows[:, None], -2)
+    real = cos[:, :n].amax(1)
+    rival = torch.where(rows < n, real, cos[:, n:].amax(1) if len(W) > n else real)
+    return own, real, real > max_real, own < rival
+
+
+def stored(parts, every=False, records=False):
+    """Rows of parts, in order, as dicts, accepted ones or all; in records a picture's file is its key."""
+    key = 0
+    for path in parts:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                key += row["verdict"] == "accepted"
+                if every or row["verdict"] == "accepted":
+                    yield row | {"part": path, "file": key if records else row["file"]}
+
+
+def merge_records(out, parts, size):
+    """Joins the records of all parts into InsightFace's train.rec, train.idx and property."""
+    people, end = {}, 1                                                 # identity: first key, key after the last
+    for row in stored(parts, records=True):
+        end = row["file"] + 1
+        people[row["identity"]] = people.get(row["identity"], (row["file"],))[0], end
+    with open(out / "train.rec.tmp", "wb") as rec, open(out / "train.idx.tmp", "w") as index:
+        def put(key, record):
+            index.write(f"{key}\t{rec.tell()}\n")
+            rec.write(record)
+        put(0, pack_record(0, (end, end + len(people))))                # says which keys list the people
+        for part_file, rows in itertools.groupby(stored(parts, records=True), lambda row: row["part"]):
+            with open(part_file.with_suffix(".rec"), "rb") as file:
+                for row in rows:
+                    put(row["file"], file.read(int(row["bytes"])))
+        for key, keys in enumerate(people.values(), end):
+            put(key, pack_record(key, keys))
+    os.replace(out / "train.rec.tmp", out / "train.rec")
+    os.replace(out / "train.idx.tmp", out / "train.idx")
+    replace_file(out / "property", lambda path: path.write_text(f"{len(people)},{size},{size}\n"))
+
+
+def write_audit(path, parts, rules):
+    """Writes audit.json, each rejected picture as it passes by; returns the counts and means in it."""
+    counts, sums = Counter(), Counter()
+    with open(f"{path}.tmp", "w") as file:
+        file.write('{"rejected_pictures": [')
+        for row in stored(parts, every=True):
+            if row["verdict"] == "accepted":
+                sums.update({key: float(row[key]) for key in ("cos_own", "cos_nearest_real")})
+            else:
+                counts["left_out"] += int(row["attempt"]) == ATTEMPTS - 1
+                rejected = {key: row[key] for key in ("identity", "index", "attempt", "verdict", *COLUMNS[-3:])}
+                file.write(",\n" * bool(counts["leak"] + counts["identity"]) + json.dumps(rejected))
+            counts[row["verdict"]] += 1
+        summary = {"drawn": sum(counts[verdict] for verdict in ("accepted", "leak", "identity")),
+                   **{name: counts[name] for name in ("accepted", "leak", "identity", "left_out")},
+                   **{f"mean_{key}": value / max(1, counts["accepted"]) for key, value in sums.items()}, **rules}
+        file.write("],\n" + json.dumps(summary, indent=1)[1:])
+    os.replace(f"{path}.tmp", path)
+    return summary
+
+
+CARD = """# {accepted} pictures of {people} {kind} people
+
+Drawn by VIGFace, {size} x {size} pixels: a Diffusion Transformer draws the person that a prototype of a face
+recogniser stands for, in poses taken from its training set. Virtual prototypes stand for people who do not exist.
+
+| | |
+|---|---|
+| made by | `{command}` |
+| recogniser | `{fr}`, sha256 {fr_sha256} |
+| DiT | `{dit}`, sha256 {dit_sha256} |
+| drawn, accepted | {drawn}, {accepted} |
+| too near a real person, not who it should be | {leak}, {identity} (the second rule was {identity_rule}) |
+| left out after {attempts} attempts | {left_out} |
+| line for "too near" | cosine {max_real} to a real prototype |
+
+**Intended use.** Training and testing face recognisers with fewer pictures of real people, or none.
+
+**Limits.** The pictures were audited against the real prototypes of the recogniser named, by that recogniser: this is
+evidence, and no proof, that nobody real is recognisable. Let another recogniser judge the set against the real
+images before you publish it: `python evaluate.py --audit-fr OTHER --strict`. Virtual people have the biases of the
+training set.
+
+**Files.** `manifest.csv` has a row for each picture: the seed, the training face whose pose it has, its cosine to
+its own prototype and to the nearest real one, its quality score. `landmarks.csv`: its five landmarks, in pixels.
+`audit.json`: counts, rules and every rejected picture. `run.json`: all settings.
+"""
 
 
 def main():
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     tensors, meta = load_model(args.dit, "dit")
     args.fr = args.fr or meta["fr"]
+    args.out = args.out or ("runs/real-aug" if args.real_to else "runs/virtual")
+    batch = args.batch = args.batch or (256 if device.type == "cuda" else 64)
     dit = DiT(DiTConfig(**meta["config"]))
     dit.load_state_dict(part(tensors, "dit"))
     dit.to(device).eval().requires_grad_(False)
     backbone, prototypes, fr = load_recogniser(args.fr, device)
     n, k, W, S = len(prototypes.real), len(prototypes.virtual), prototypes.unit(), dit.cfg.size
+    landmarks, owners = tensors["poses.landmarks"], tensors["poses.rows"]
     if (S, dit.cfg.dim) != (backbone.cfg.size, backbone.cfg.dim):
         fail(f"{args.dit} draws {S} px for {dit.cfg.dim}-d prototypes, {args.fr} has {backbone.cfg.size} px "
              f"and {backbone.cfg.dim}-d; name the recogniser this DiT was trained with")
-    if not 0 < args.virtual <= k:
+    if not args.real_to and not 0 < args.virtual <= k:
         fail(f"--virtual {args.virtual}: expected 1 to {k}, the virtual prototypes that {args.fr} holds; "
              "train fr_train.py with a larger --virtual for more")
-    if min(args.per_id, args.steps, args.batch) < 1:
-        fail("--per-id, --steps and --batch: expected 1 or more of each")
+    if min(args.per_id, args.steps, batch, args.quality) < 1:
+        fail("--per-id, --steps, --batch and --quality: expected 1 or more of each")
+    if "strangers" not in fr:
+        fail(f"{args.fr}: its training is not finished; run its fr_train.py command again")
 
-    out, total = Path(args.out), args.virtual * args.per_id
-    settings = {**vars(args), "dit_step": meta["step"], "fr_step": fr["step"]}
-    del settings["batch"]                                               # how fast, not what
-    run, manifest, partial = (out / name for name in ("run.json", "manifest.csv", "manifest.part.csv"))
-    if run.is_file():
-        for key, value in json.loads(run.read_text()).items():
-            if settings[key] != value:
-                fail(f"{run}: this set was started with {key} = {value}, now {settings[key]}; give the same "
-                     "settings or another --out")
-    if manifest.is_file():
-        print(f"{manifest}: already complete, {total} images")
+    # Whom to draw how often, by row of W, in chunks of whole people; a rank finishes one after another.
+    name_of = lambda row: fr["names"][row] if row < n else f"v{row - n:06d}"
+    wanted = {n + i: args.per_id for i in range(args.virtual)}
+    if args.real_to:
+        have = torch.bincount(owners, minlength=n).tolist()
+        wanted = {row: args.real_to - count for row, count in enumerate(have) if 0 < count < args.real_to}
+        if not wanted:
+            fail(f"--real-to {args.real_to}: everybody has as many images; give more")
+        if args.format == "rec" and not all(name_of(row).isdigit() for row in wanted):
+            fail("--format rec: records number people, and these have names; give --format jpg")
+    chunks, full = [], True
+    for row in wanted:
+        if full:
+            chunks.append([])
+        chunks[-1].append(row)
+        full = sum(wanted[row] for row in chunks[-1]) >= CHUNK * batch
+    out = Path(args.out)
+    parts = [out / "parts" / f"{number:06d}.csv" for number in range(len(chunks))]
+
+    settings = vars(args) | {f"{stage}_sha256": hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()
+                                                               ).hexdigest()
+                             for stage, folder in (("dit", args.dit), ("fr", args.fr))}
+    del settings["out"]
+    if (out / "run.json").is_file():
+        for key, value in json.loads((out / "run.json").read_text()).items():
+            if settings.get(key) != value:
+                fail(f"{out / 'run.json'}: this set was started with {key} = {value}, now {settings.get(key)}; "
+                     "give the same settings or another --out")
+    elif out.is_dir() and any(out.iterdir()):
+        fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
+    if (out / "manifest.csv").is_file():
+        shutil.rmtree(out / "parts", ignore_errors=True)
+        print(f"{out / 'manifest.csv'}: already complete")
         return
-    replace_file(run, lambda path: path.write_text(json.dumps(settings, indent=1)))
+    replace_file(out / "run.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+    held = claim(out / "parts" / f"rank-{rank}")                        # until this process ends
 
-    # A finished batch leaves its rows in the partial manifest; a restart goes on after the last whole batch.
-    lines = partial.read_text().splitlines(keepends=True) if partial.is_file() else []
-    done = max(0, sum(line.endswith("\n") for line in lines) - 1) // args.batch * args.batch
-    text = "".join(lines[:done + 1]) if done else ",".join(COLUMNS) + "\n"
-    replace_file(partial, lambda path: path.write_text(text))
-    if done:
-        print(f"continuing {out} at image {done} of {total}")
+    fast, by_yaw = compiled(dit, device, 2 * sum(wanted.values()) * args.steps), yaw_of(landmarks).argsort()
+    poses_of = lambda row: choose_poses(by_yaw, owners, wanted[row], seeded(args.seed, name_of(row)))
 
-    landmarks, people = tensors["poses.landmarks"], tensors["poses.labels"]
-    by_yaw, fast = yaw_of(landmarks).argsort(), compiled(dit, device, 2 * total * args.steps)
-    with ThreadPoolExecutor() as pool, open(partial, "a", newline="") as file, \
-            tqdm(total=total, initial=done, desc=out.name, unit="img", leave=False) as progress:
-        writer = csv.writer(file, lineterminator="\n")
-        for start in range(done, total, args.batch):
-            numbers = [divmod(m, args.per_id) for m in range(start, min(start + args.batch, total))]
-            poses = {who: choose_poses(by_yaw, people, args.per_id, seeded(args.seed, who))
-                     for who in {who for who, _ in numbers}}
-            jobs = [(who, i, poses[who][i]) for who, i in numbers]      # identity, index, whose pose
-            padded = jobs + jobs[-1:] * (args.batch - len(jobs))        # one shape, so one compilation
-            noise = [torch.randn(3, S, S, generator=seeded(args.seed, identity, i))
-                     for identity, i, _ in padded]
-            w = W[[n + identity for identity, _, _ in padded]]
-            pose = landmarks[[source for _, _, source in padded]].to(device)
-            with torch.no_grad(), autocast(device):
-                denoise = guided(fast, w, pose, args.guidance, args.interval)
-                images = to_uint8(dpm_solver(denoise, torch.stack(noise).to(device), args.steps))
-            f = embed(backbone, images, args.batch)
-            own, real = (f * w).sum(1).tolist(), (f @ W[:n].T).amax(1).tolist()
+    @torch.no_grad()
+    def draw(jobs):
+        """Pictures uint8 (B, 3, S, S), on the device, of jobs (row, index, attempt, pose)."""
+        rows, _, _, poses = map(list, zip(*jobs))
+        noise = torch.stack([torch.randn(3, S, S, generator=seeded(args.seed, name_of(row), index, attempt))
+                             for row, index, attempt, _ in jobs])
+        padding = [-1] * (batch - len(jobs)) if fast is not dit else []          # one shape, so one compilation
+        w, pose, noise = (torch.cat([x, x[padding]]).to(device) for x in (W[rows], landmarks[poses], noise))
+        with autocast(device):
+            images = dpm_solver(guided(fast, w, pose, args.guidance, args.interval), noise, args.steps)
+        return to_uint8(images[:len(jobs)])
 
-            rows = []
-            for (identity, i, source), o, r in zip(jobs, own, real):
-                name = f"v{identity:06d}"
-                rows.append([f"{name}/{i:04d}.jpg", name, i, args.seed, source, f"{o:.4f}", f"{r:.4f}"])
-            list(pool.map(lambda row, image: replace_file(out / row[0], lambda path: to_pil_image(image).save(
-                path, "JPEG", quality=95, subsampling=0)), rows, images.cpu()))
-            writer.writerows(rows)
-            file.flush()
-            progress.update(len(jobs))
-    with open(partial, newline="") as file:
-        rows = list(csv.DictReader(file))
-    draw_grid(out, [row for row in rows[:8 * args.per_id] if int(row["index"]) < 10], out / "grid.jpg")
-    partial.rename(manifest)                                            # last: it says the set is complete
-    own, real = (sum(float(row[key]) for row in rows) / total for key in ("cos_own", "cos_nearest_real"))
-    print(f"{total} images of {args.virtual} people in {out}; mean cosine to the own prototype {own:.3f}, "
-          f"to the nearest real one {real:.3f}")
+    def audit(images, jobs):
+        """Scores (B, 3): own cosine, nearest real one, quality; and (B,) each: near a real person, astray."""
+        f = embed(backbone, images, batch, unit=False) / 2
+        rows = torch.tensor([row for row, *_ in jobs], device=device)
+        own, real, near, astray = judged(F.normalize(f), W, n, rows, max_real)
+        astray = astray if args.min_own is None else own < args.min_own
+        return torch.stack([own, real, prototypes.quality(f)[:, 0]], 1).tolist(), near.tolist(), astray.tolist()
+
+    def save(name, image):
+        """The picture's JPEG: as a file, or returned for a record."""
+        to_pil_image(image).save(buffer := io.BytesIO(), "JPEG", quality=args.quality, subsampling=0)
+        if args.format == "jpg":
+            replace_file(out / name, lambda path: path.write_bytes(buffer.getvalue()))
+        return buffer.getvalue()
+
+    max_real = fr["strangers"] if args.max_real is None else args.max_real
+    probe = [(row, 0, 0, poses_of(row)[0]) for row in list(wanted)[::-(-len(wanted) // batch)]]
+    own_nearest = 1 - sum(audit(draw(probe), probe)[2]) / len(probe)
+    strict = args.min_own is not None or own_nearest >= 0.8             # the identity rule is enforced
+    todo = [number for number in range(rank, len(chunks), world) if not parts[number].is_file()]
+    total = sum(wanted[row] for number in todo for row in chunks[number])
+    with ThreadPoolExecutor() as pool, tqdm(total=total, desc=out.name, unit="img", leave=False) as progress:
+        for number in todo:
+            queue = [(row, i, 0, pose) for row in chunks[number] for i, pose in enumerate(poses_of(row))]
+            rows, writing = [], []
+            while queue:
+                jobs, queue = queue[:batch], queue[batch:]
+                images, unjudged = draw(jobs), ([[float("nan")] * 3] * batch, [False] * batch, [False] * batch)
+                scores, near, astray = unjudged if args.no_audit else audit(images, jobs)
+                for _, written in writing[-2 * batch:-batch]:
+                    written.result()                                    # the batch before the last is on disk
+                for job, image, score, leaks, strays in zip(jobs, images.cpu(), scores, near, astray):
+                    (row, i, attempt, pose), name = job, name_of(job[0])
+                    verdict = "leak" if leaks else "identity" if strays and strict else "accepted"
+                    rows.append([f"{name}/{i:04d}.jpg", name, i, attempt, args.seed, pose,
+                                 *map("{:.4f}".format, score), verdict])
+                    if verdict == "accepted":
+                        writing.append((len(rows) - 1, pool.submit(save, rows[-1][0], image)))
+                        progress.update()
+                    elif attempt + 1 < ATTEMPTS:
+                        queue.append((row, i, attempt + 1, pose))
+            jpegs = {i: written.result() for i, written in writing}
+            order = sorted(range(len(rows)), key=lambda i: (rows[i][1], rows[i][2], rows[i][3]))
+            if args.format == "rec":            # labels are rows of W: virtual people follow on the real ones
+                label = lambda name: int(name) if args.real_to else n + int(name[1:])
+                jpegs = {i: pack_record(0, [label(rows[i][1])], jpeg) for i, jpeg in jpegs.items()}
+                replace_file(parts[number].with_suffix(".rec"), lambda path: path.write_bytes(
+                    b"".join(jpegs[i] for i in order if i in jpegs)))
+            write_csv(parts[number], [*COLUMNS, "verdict", "bytes"],
+                      ([*rows[i], len(jpegs.get(i, b""))] for i in order))
+
+    # Whoever is last joins the parts, in order; the manifest comes last and says that the set is complete.
+    if not all(path.is_file() for path in parts) or not (merging := claim(out / "parts", wait=False)):
+        print(f"rank {rank} of {world} has drawn its share of {out}")
+        return
+    records = args.format == "rec"
+    summary = write_audit(out / "audit.json", parts, {
+        "audit": not args.no_audit, "max_real": max_real, "min_own": args.min_own,
+        "identity_rule": "enforced" if strict else "reported", "own_nearest_in_probe": own_nearest})
+    if not summary["accepted"]:
+        fail(f"{out}: every picture was rejected, see audit.json; train longer, or set --max-real or --min-own")
+    if records:
+        merge_records(out, parts, S)
+    write_landmarks(out / "landmarks.csv", ((row["file"], S * landmarks[int(row["landmarks_from"])])
+                                            for row in stored(parts, records=records)))
+    lines = itertools.groupby(stored(parts), lambda row: row["identity"])
+    lines = [list(line)[::-(-args.per_id // 8)] for _, line in itertools.islice(lines, 8)]
+    row_of = {name_of(row): row for row in wanted}
+    contact_sheet(out / "grid.jpg", [list(zip(draw([
+        (row_of[row["identity"]], int(row["index"]), int(row["attempt"]), int(row["landmarks_from"]))
+        for row in line]).cpu(), [row["cos_own"][:-2] for row in line])) for line in lines])
+    replace_file(out / "README.md", lambda path: path.write_text(CARD.format(
+        attempts=ATTEMPTS, **settings | summary, people=len(wanted), size=S, kind="real" if args.real_to else "virtual",
+        command=shlex.join(["python", *sys.argv]))))
+    write_csv(out / "manifest.csv", COLUMNS, ([row[key] for key in COLUMNS]
+                                              for row in stored(parts, records=records)))
+    shutil.rmtree(out / "parts")
+    print(f"{summary['accepted']} images of {len(wanted)} people in {out}; mean cosine to the own prototype "
+          f"{summary['mean_cos_own']:.3f}, to the nearest real one {summary['mean_cos_nearest_real']:.3f}; "
+          f"rejected {summary['leak']} as too near a real person, {summary['identity']} as not who they should "
+          f"be; {summary['left_out']} left out")
+    if summary["accepted"] < summary["drawn"] / 2:
+        print(f"WARNING: over half of what was drawn was rejected; the DiT does not know these people, see "
+              f"{out / 'audit.json'}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

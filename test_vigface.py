@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 import data
 import evaluate
@@ -32,9 +33,22 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
-def script(name, *args, cwd, code=0):
+def to_bytes(images):
+    """Images (B, 3, S, S) in [0, 1] as uint8."""
+    return (255 * images).round().to(torch.uint8)
+
+
+def jpeg(images, quality):
+    """Images uint8 (B, 3, S, S) after JPEG has been at them."""
+    def encode(image):
+        to_pil_image(image).save(buffer := io.BytesIO(), "JPEG", quality=quality)
+        return data.read_image(buffer)[0]
+    return torch.stack([encode(image) for image in images])
+
+
+def script(name, *args, cwd, code=0, env={}):
     """Runs a script in cwd, checks its exit code, and returns stdout, or stderr where it should fail."""
-    command, env = [sys.executable, HERE / name, *map(str, args)], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command, env = [sys.executable, HERE / name, *map(str, args)], {**os.environ, "CUDA_VISIBLE_DEVICES": "", **env}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -402,7 +416,7 @@ def test_drawn_people_are_themselves_in_every_picture():
     assert (landmarks - data.TEMPLATE).abs().mean() < 0.08             # aligned to the template, but for pose
     yaw = torch.full((2, data.NUISANCE_DIALS), 0.5)
     yaw[0, 0], yaw[1, 0] = 0, 1                                               # the first nuisance dial is yaw
-    turned = sample.yaw_of(data.draw_faces(who[:1].expand(2, -1), yaw, 32)[1])
+    turned = data.yaw_of(data.draw_faces(who[:1].expand(2, -1), yaw, 32)[1])
     assert turned[0] * turned[1] < 0 and (turned[0] - turned[1]).abs() > 0.5
 
 
@@ -431,7 +445,7 @@ def folder(root, people, per_person, size=32, landmarks=True):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         data.write_png(root / name, model.to_uint8(2 * image - 1))
     if landmarks:
-        data.write_landmarks(root / "landmarks.csv", files, points * size)
+        data.write_landmarks(root / "landmarks.csv", zip(files, points * size))
     return images, points
 
 
@@ -441,10 +455,10 @@ def test_sources_unite_by_identity_name(tmp_path):
     faces = data.Faces([tmp_path / "a", tmp_path / "b"])
     assert list(faces.names) == ["person 0", "person 1", "person 2", "person 3"] and faces.size == 32
     assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2, 3]
-    x, y, landmarks, bad = faces.__getitems__([3, 9])
-    assert x.dtype == torch.uint8 and x.shape == (2, 3, 32, 32) and y.tolist() == [1, 3]
+    x, i, bad = faces.__getitems__([3, 9])
+    assert x.dtype == torch.uint8 and x.shape == (2, 3, 32, 32) and i.tolist() == [3, 9] and not bad
     assert (x[0] / 255 - images[3]).abs().max() < 0.0041
-    assert torch.allclose(landmarks[0], points[3], atol=1e-3) and landmarks[1].isnan().all()
+    assert torch.allclose(faces.landmarks[3], points[3], atol=1e-3) and faces.landmarks[9].isnan().all()
     lazy = data.Faces([tmp_path / "a", tmp_path / "b"], memory=0)               # the way large sets are read
     assert torch.equal(lazy.__getitems__([3, 9])[0], x) and lazy.images is None
 
@@ -519,7 +533,7 @@ def test_batches_are_a_function_of_the_step(tmp_path):
 def test_benchmark_round_trip_and_protocol(tmp_path):
     people = torch.stack([torch.full((4, 3, 8, 8), 10 * i, dtype=torch.uint8) for i in range(20)])
     data.write_bin(tmp_path / "t.bin", people, 300, torch.Generator().manual_seed(0))
-    images, same = data.read_bin(tmp_path / "t.bin", 8)
+    images, same = data.read_benchmark(tmp_path / "t.bin", 8)
     first, second = images[0::2, 0, 0, 0], images[1::2, 0, 0, 0]
     assert torch.equal(first == second, same) and same.float().mean() == 0.5
     for fold in range(10):                                                      # folds share no person
@@ -533,45 +547,104 @@ def test_a_hostile_benchmark_runs_nothing(tmp_path, capsys):
             return os.system, (f"touch {tmp_path}/owned",)
     (tmp_path / "bad.bin").write_bytes(pickle.dumps((Payload(), [True])))
     with pytest.raises(SystemExit) as stop:
-        data.read_bin(tmp_path / "bad.bin", 32)
+        data.read_benchmark(tmp_path / "bad.bin", 32)
     assert stop.value.code == 2 and not (tmp_path / "owned").exists()
     assert "system" in capsys.readouterr().err
 
 
+def png(colour="red"):
+    Image.new("RGB", (8, 8), colour).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
 def test_benchmarks_written_by_python_2_with_numpy_images_are_read(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
-    bins = [np.frombuffer(buffer.getvalue(), np.uint8) for _ in range(20)]
-    (tmp_path / "old.bin").write_bytes(pickle.dumps((bins, [True] * 10), protocol=2))
-    images, same = data.read_bin(tmp_path / "old.bin", 8)
-    assert images.shape == (20, 3, 8, 8) and images[:, 0].min() == 255 and same.all()
+    bins = [np.frombuffer(png(), np.uint8) for _ in range(20)]
+    (tmp_path / "old.bin").write_bytes(pickle.dumps((bins, [True, False] * 5), protocol=2))
+    images, same = data.read_benchmark(tmp_path / "old.bin", 8)
+    assert images.shape == (20, 3, 8, 8) and images[:, 0].min() == 255 and same.sum() == 5
+
+
+@pytest.mark.parametrize("content", [
+    pickle.dumps(([png()] * 21, [True, False] * 5)), pickle.dumps(([png()] * 20, [True, False] * 5))[:-40],
+    pickle.dumps(([png()] * 20, [True] * 10)), pickle.dumps(([png()[:30]] * 20, [True, False] * 5)),
+    pickle.dumps(([], [])), pickle.dumps(7), b""],
+    ids=["odd", "cut", "all same", "broken", "empty", "int", "no"])
+def test_a_malformed_benchmark_is_one_clear_line(tmp_path, capsys, content):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        data.read_benchmark(tmp_path / "x.bin", 8)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "x.bin" in error
+
+
+def test_lfw_s_pairs_txt_and_what_can_be_wrong_with_it(tmp_path, capsys):
+    for person, colour in (("A_B", "red"), ("C", "blue")):
+        (tmp_path / "lfw" / person).mkdir(parents=True)
+        for i in (1, 2):
+            (tmp_path / f"lfw/{person}/{person}_{i:04d}.png").write_bytes(png(colour))
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("5\t1\n" + "A_B\t1\t2\nA_B\t1\tC\t2\n" * 5)
+    images, same = data.read_benchmark(pairs, 8, tmp_path / "lfw")
+    assert same.tolist() == [True, False] * 5 and images.shape == (20, 3, 8, 8)
+    assert images[2, 0].min() == 255 and images[3, 2].min() == 255
+    for line, named in (("A_B 1 3", "no A_B/A_B_0003"), ("A_B 1", "line 12"), ("../lfw/C 1 2 x", "line 12"),
+                        ("../C 1 3", "no C/C_0003")):
+        pairs.write_text("5\t1\n" + "A_B\t1\t2\nC\t1\tA_B\t2\n" * 5 + line)
+        with pytest.raises(SystemExit):
+            data.read_benchmark(pairs, 8, tmp_path / "lfw")
+        assert named in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_verification_against_a_literal_protocol(monkeypatch):
-    for pairs in (100, 103):                                                    # also folds of unequal size
-        f = F.normalize(torch.randn(2 * pairs, 4))
-        f[1::2] = F.normalize(f[0::2] + 0.8 * torch.randn(pairs, 4))
-        same = torch.rand(pairs) < 0.5
-        f[2:40:2], f[3:40:2] = f[0], f[1]                                       # ties
-        monkeypatch.setattr(evaluate, "embed", lambda *_: f)
-        result = evaluate.verification(None, None, same)
-        distance = [sum((a - b) ** 2 for a, b in zip(x, y))
-                    for x, y in zip(f[0::2].tolist(), f[1::2].tolist())]
-        indices, accuracies, start = list(range(pairs)), [], 0
-        for fold in range(10):
-            stop = start + pairs // 10 + (fold < pairs % 10)
-            test = indices[start:stop]
-            train = [i for i in indices if i not in test]
-            scores = [np.mean([(distance[i] < threshold) == bool(same[i]) for i in train])
-                      for threshold in np.arange(0, 4, 0.01)]
-            threshold = np.arange(0, 4, 0.01)[int(np.argmax(scores))]
-            accuracies.append(np.mean([(distance[i] < threshold) == bool(same[i]) for i in test]))
-            start = stop
-        assert result["accuracy"] == pytest.approx(np.mean(accuracies))
-        assert result["std"] == pytest.approx(np.std(accuracies))
+@pytest.mark.parametrize("pairs", [100, 103, 11])                               # folds of unequal size, too
+def test_verification_against_a_literal_protocol(monkeypatch, pairs):
+    f = F.normalize(torch.randn(2 * pairs, 4))
+    f[1::2] = F.normalize(f[0::2] + 0.8 * torch.randn(pairs, 4))
+    same = torch.rand(pairs) < 0.5
+    f[2:16:2], f[3:16:2] = f[0], f[1]                                           # ties
+    f[4] = f[5]                                                                 # and an image twice
+    monkeypatch.setattr(evaluate, "embed", lambda *_: f)
+    squared = evaluate.pair_distances(None, None)
+    result = evaluate.verification(squared, same)
+    distance = [sum((a - b) ** 2 for a, b in zip(x, y)) for x, y in zip(f[0::2].tolist(), f[1::2].tolist())]
+    assert squared.tolist() == pytest.approx(distance, abs=1e-6)
+    distance = squared.tolist()
+    indices, accuracies, start = list(range(pairs)), [], 0
+    for fold in range(10):
+        stop = start + pairs // 10 + (fold < pairs % 10)
+        test = indices[start:stop]
+        train = [i for i in indices if i not in test]
+        scores = [np.mean([(distance[i] < threshold) == bool(same[i]) for i in train])
+                  for threshold in np.arange(0, 4, 0.01)]
+        threshold = np.arange(0, 4, 0.01)[int(np.argmax(scores))]
+        accuracies.append(np.mean([(distance[i] < threshold) == bool(same[i]) for i in test]))
+        start = stop
+    assert result["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert result["std"] == pytest.approx(np.std(accuracies))
+
+
+def test_tar_at_far_and_eer_against_loops():
+    same, distance = torch.rand(3000) < 0.5, torch.rand(3000).round(decimals=3)         # many ties
+    distance[same] *= 0.5
+    result = evaluate.verification(distance.numpy(), same)
+    genuine, impostor = distance[same].tolist(), distance[~same].tolist()
+    accepted = lambda cut, kind: np.mean([d <= cut for d in kind])
+    cuts = [-1, *sorted(set(distance.tolist()))]
+    for limit in (1e-3, 1e-4):
+        naive = max(accepted(cut, genuine) for cut in cuts if accepted(cut, impostor) <= limit)
+        assert result[f"tar_at_far_{limit:.0e}"] == pytest.approx(naive)
+    errors = [(accepted(cut, impostor), 1 - accepted(cut, genuine)) for cut in cuts]
+    assert result["eer"] == pytest.approx(np.mean(min(errors, key=lambda e: abs(e[0] - e[1]))))
+
+
+def test_bootstrap_interval_is_that_of_resampled_answers():
+    generator = np.random.default_rng(1)
+    answers = [generator.random(400) < 0.9, generator.random(900) < 0.7]
+    low, high = evaluate.bootstrap_interval([a.mean() for a in answers], [400, 900])
+    resampled = [np.mean([generator.choice(a, len(a)).mean() for a in answers]) for _ in range(4000)]
+    assert (low, high) == pytest.approx(np.quantile(resampled, (0.025, 0.975)), abs=0.002)
 
 
 def test_consistency_separability_and_nearest_against_loops():
@@ -583,9 +656,76 @@ def test_consistency_separability_and_nearest_against_loops():
     assert C == pytest.approx(np.mean([np.mean(p) for p in pairs]), abs=1e-5)
     apart = [1 - (centres[i] @ centres[j]).item() for i in range(4) for j in range(4) if i != j]
     assert S == pytest.approx(np.mean(apart), abs=1e-5)
-    close = evaluate.nearest(f, torch.stack(centres), own=labels, chunk=5)
-    naive = [max((f[i] @ centres[c]).item() for c in range(4) if c != labels[i]) for i in range(12)]
-    assert close.tolist() == pytest.approx(naive, abs=1e-5)
+    close, which = evaluate.nearest(f, torch.stack(centres), labels)
+    naive = [max(((f[i] @ centres[c]).item(), c) for c in range(4) if c != labels[i]) for i in range(12)]
+    assert list(zip(close.tolist(), which.tolist())) == [pytest.approx(pair, abs=1e-5) for pair in naive]
+    image, which = evaluate.nearest(f, f, labels, labels)
+    naive = [max(((f[i] @ f[j]).item(), j) for j in range(12) if labels[i] != labels[j]) for i in range(12)]
+    assert list(zip(image.tolist(), which.tolist())) == [pytest.approx(pair, abs=1e-5) for pair in naive]
+    quality = torch.rand(12)
+    naive = np.mean([quality[labels == c].numpy().var(ddof=1) for c in range(3)])
+    assert evaluate.diversity(quality, labels) == pytest.approx(naive, rel=1e-4)
+    assert evaluate.diversity(quality[:4], torch.arange(4)) is None
+
+
+def face_set(f, labels, thumbs=None, names=None):
+    """A FaceSet without images."""
+    class Named:
+        files = [f"{i}.jpg" for i in range(len(f))]
+    Named.names = dict.fromkeys(names or [f"p{i}" for i in range(int(labels.max()) + 1)])
+    thumbs = F.normalize(torch.randn(len(f), 256)) if thumbs is None else thumbs
+    return evaluate.FaceSet(Named, f, labels, torch.zeros(len(f)), thumbs, torch.arange(len(f)))
+
+
+def test_a_dataset_s_outliers_and_near_duplicates_are_found():
+    centres = F.normalize(torch.randn(40, 64))
+    labels = torch.arange(40).repeat_interleave(6)
+    real = face_set(F.normalize(centres[labels] + 0.05 * torch.randn(240, 64)), labels)
+    strangers, lines = evaluate.baseline_lines(real)
+    people = F.normalize(torch.randn(20, 64))
+    people[7] = F.normalize(people[3] + 0.02 * torch.randn(64), dim=0)               # the same person twice
+    labels = torch.arange(20).repeat_interleave(5)
+    f = F.normalize(people[labels] + 0.05 * torch.randn(100, 64))
+    f[52] = F.normalize(people[11] + 0.05 * torch.randn(64), dim=0)                    # of another person
+    virtual, prototypes = face_set(f, labels), model.Prototypes(40, 5, 64)
+    row = evaluate.judge(virtual, evaluate.resemblance(virtual, real), lines, prototypes)
+    assert row["near_duplicates"] == 2 and 1 <= row["outliers"] <= 10           # of 3 and 7, any may stray
+    assert row["leakage"]["verdict"] == "clean" and row["own_top1"] is None
+    alone = face_set(people, torch.arange(20))                                  # one image of each person
+    row = evaluate.judge(alone, evaluate.resemblance(alone, real), lines, prototypes)
+    assert row["consistency"] is None and row["outliers"] == 0
+
+
+def test_leaks_towards_centres_and_towards_single_images_are_told_apart():
+    directions = F.normalize(torch.randn(60, 64))
+    labels = torch.arange(30).repeat_interleave(2)
+    real = face_set(F.normalize(directions + 0.3 * directions[labels]), labels)  # two unlike images a person
+    strangers, lines = evaluate.baseline_lines(real)
+    assert all((strangers[test][0] > lines[test]).float().mean() <= 0.02 for test in ("centre", "image"))
+    clean = F.normalize(torch.randn(400, 64))
+    clean = clean[(clean @ real.f.T).amax(1) < lines["image"]][:200]
+    f = torch.cat([clean, real.f[[5, 8, 31]]])
+    virtual = face_set(f, torch.arange(len(f)) // 2)
+    found = evaluate.resemblance(virtual, real)
+    row = evaluate.judge(virtual, found, lines, model.Prototypes(30, 0, 64))["leakage"]
+    assert row["images_over_image"] == 3 and row["verdict"] == "leaks" and row["copies"] == 0
+    listed = [line for line in evaluate.leaks(virtual, found, lines, real) if line[1] == "image"]
+    assert [(line[0], line[3], line[4]) for line in listed] == [
+        (f"{len(clean)}.jpg", "p2", "5.jpg"), (f"{len(clean) + 1}.jpg", "p4", "8.jpg"),
+        (f"{len(clean) + 2}.jpg", "p15", "31.jpg")]
+
+
+def test_thumbnails_know_copies_from_strangers():
+    who, how = torch.rand(60, data.IDENTITY_DIALS), torch.rand(60, data.NUISANCE_DIALS)
+    faces = to_bytes(data.draw_faces(who, how, 64)[0])
+    thumbs = evaluate.thumbnails(faces)
+    strangers = (thumbs @ thumbs.T).fill_diagonal_(-1).amax()
+    for copies in (faces[:, [2, 0, 1]], (faces.float() * 0.6 + 30).to(torch.uint8), jpeg(faces, 60)):
+        assert (evaluate.thumbnails(copies) * thumbs).sum(1).min() > max(0.99, strangers)
+    real = face_set(thumbs, torch.arange(60), thumbs)
+    mirrored = face_set(-thumbs, torch.arange(60), evaluate.thumbnails(faces.flip(3)))
+    value, which = evaluate.resemblance(mirrored, real)["copy"]
+    assert which.tolist() == list(range(60)) and value.min() > 0.9999
 
 
 # --------------------------------------------------------------------------------------------------- sampling
@@ -593,11 +733,11 @@ def test_consistency_separability_and_nearest_against_loops():
 
 def test_poses_are_spread_over_yaw_and_people():
     bank = torch.rand(400, 5, 2) * 0.1 + data.TEMPLATE
-    people, by_yaw = torch.arange(400) // 10, sample.yaw_of(bank).argsort()
+    people, by_yaw = torch.arange(400) // 10, data.yaw_of(bank).argsort()
     poses = sample.choose_poses(by_yaw, people, 8, sample.seeded(0, 1, "poses"))
     assert poses == sample.choose_poses(by_yaw, people, 8, sample.seeded(0, 1, "poses"))
     assert poses != sample.choose_poses(by_yaw, people, 8, sample.seeded(0, 2, "poses"))
-    yaw = sample.yaw_of(bank)[poses]
+    yaw = data.yaw_of(bank)[poses]
     assert len(set(people[poses].tolist())) == 8 and (yaw.diff() >= 0).all()
     assert len(sample.choose_poses(by_yaw[:4], people, 8, sample.seeded(0))) == 8
 
@@ -605,7 +745,7 @@ def test_poses_are_spread_over_yaw_and_people():
 # --------------------------------------------------------------------------- the scripts, as a user runs them
 
 
-SAMPLE = ("--virtual", 5, "--per-id", 3, "--steps", 2)
+SAMPLE = ("--virtual", 5, "--per-id", 3, "--steps", 2, "--max-real", 2)         # nobody is near at cosine 2
 
 
 @pytest.fixture(scope="module")
@@ -632,7 +772,7 @@ def test_pipeline_leaves_what_the_readme_says(pipeline):
     virtual = cwd / "runs/virtual"
     files = sorted(path.relative_to(virtual).as_posix() for path in virtual.rglob("*.*"))
     pictures = [f"v{i:06d}/{j:04d}.jpg" for i in range(5) for j in range(3)]
-    assert files == ["grid.jpg", "manifest.csv", "run.json", *pictures]
+    assert files == ["README.md", "audit.json", "grid.jpg", "landmarks.csv", "manifest.csv", "run.json", *pictures]
     rows = list(csv.DictReader((cwd / "runs/virtual/manifest.csv").open()))
     assert [row["file"] for row in rows] == pictures and all(-1 <= float(row["cos_own"]) <= 1 for row in rows)
     assert all(Image.open(cwd / "runs/virtual" / name).size == (32, 32) for name in pictures)
@@ -644,34 +784,149 @@ def test_pipeline_leaves_what_the_readme_says(pipeline):
     row = report["datasets"]["runs/virtual"]
     assert (row["identities"], row["images"]) == (5, 15) and row["leakage"]["verdict"] in ("clean", "leaks")
     assert set(row["leakage"]) >= {"threshold", "images_over", "q99", "baseline_q99", "verdict"}
+    pictures = [path.name for path in sorted((cwd / "runs/report").rglob("*.*g"))]
+    assert pictures == ["pairs-held.png", "closest.jpg", "multiview.jpg", "nearest-real.png", "similarity.png"]
+    assert "CPLFW" in printed["evaluate"].split("Absent")[1] and "VIGFace(L)" in printed["evaluate"]
     assert "virtual to any other" in printed["fr"] and "own cosine real" in printed["dit"]
     assert "runs/fr-virtual" in printed["evaluate"]
+
+
+def test_the_audit_catches_a_planted_copy(pipeline, tmp_path):
+    """One copy of a real image in a hundred: as it is, mirrored, recoloured, re-encoded."""
+    cwd, _ = pipeline
+    torch.manual_seed(9)
+    folder(tmp_path / "set", 50, 2)
+
+    def audit(code):
+        script("evaluate.py", "--fr", "runs/fr", "--datasets", tmp_path / "set", "--strict", "--audit-fr",
+               "runs/fr-virtual", "--pairs", "faces/held.bin", "--out", tmp_path, cwd=cwd, code=code)
+        return list(csv.DictReader((tmp_path / "leaks.csv").open()))
+    for row in audit(3):                                # a hundredth of strangers are over a line, or more:
+        Path(row["file"]).unlink(missing_ok=True)       # without them the set is clean
+    assert not audit(0)
+    original = sorted((cwd / "faces").glob("*/*.png"))[5]
+    image = data.read_image(original)[0]
+    for copy in (image, image.flip(2), image[[2, 0, 1]], jpeg(image[None], 80)[0]):
+        data.write_png(tmp_path / "set/person 0/copy.png", copy)
+        copies = [row for row in audit(3) if row["test"] == "copy"]
+        assert {row["judge"] for row in copies} == {"runs/fr", "runs/fr-virtual"}
+        assert {(row["person"], Path(row["image"]).name) for row in copies} == {
+            (original.parent.name, original.name)}
+    report = json.loads((tmp_path / "report.json").read_text())
+    for judged in (report, report["audit"]):
+        leakage = judged["datasets"][str(tmp_path / "set")]["leakage"]
+        assert leakage["copies"] == 1 and leakage["verdict"] == "leaks"
 
 
 def test_a_finished_run_is_not_run_again(pipeline):
     cwd, _ = pipeline
     before = (cwd / "runs/virtual/v000000/0000.jpg").stat().st_mtime_ns
-    assert "already complete" in script("sample.py", *SAMPLE, cwd=cwd)
+    assert "already complete" in script("sample.py", *SAMPLE, "--batch", 4, cwd=cwd)
     assert (cwd / "runs/virtual/v000000/0000.jpg").stat().st_mtime_ns == before
-    error = script("sample.py", *SAMPLE, "--virtual", 4, cwd=cwd, code=2)
+    error = script("sample.py", *SAMPLE, "--batch", 4, "--virtual", 4, cwd=cwd, code=2)
     assert "virtual = 5, now 4" in error
     error = script("fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 3, cwd=cwd, code=2)
     assert "epochs = 2, now 3" in error
 
 
-def test_interrupted_sampling_gives_the_same_set(pipeline, tmp_path):
-    cwd, _ = pipeline
-    arguments = (*SAMPLE, "--batch", 4, "--out", tmp_path / "set")
-    script("sample.py", *arguments, cwd=cwd)
-    manifest = (tmp_path / "set/manifest.csv").read_text()
-    lines = manifest.splitlines(keepends=True)
-    (tmp_path / "set/manifest.part.csv").write_text("".join(lines[:7]) + lines[7][:5])  # killed in batch two
-    (tmp_path / "set/manifest.csv").unlink()
-    (tmp_path / "set/v000003/0002.jpg").unlink()
-    assert "at image 4 of 15" in script("sample.py", *arguments, cwd=cwd)
-    assert (tmp_path / "set/manifest.csv").read_text() == manifest
-    for path in (cwd / "runs/virtual").rglob("*.jpg"):
-        assert (tmp_path / "set" / path.relative_to(cwd / "runs/virtual")).read_bytes() == path.read_bytes()
+def sampled(pipeline, where, *arguments, **options):
+    """Runs sample.py in folder `where`; -> what it left in where/set, as {name: bytes}."""
+    where.mkdir(exist_ok=True)
+    script("sample.py", *SAMPLE, "--batch", 1, "--dit", pipeline[0] / "runs/dit", "--fr", pipeline[0] / "runs/fr",
+           "--out", "set", *arguments, cwd=where, **options)
+    return {path.relative_to(where).as_posix(): path.read_bytes() for path in where.rglob("set/**/*.*")}
+
+
+def killed_at(script_name, function, count, arguments, cwd):
+    """Runs a script that gets SIGKILL when model.`function` is called for the count-th time; -> whether it did."""
+    killer = (f"import os, runpy, signal, sys, model; call, left = model.{function}, [{count}]\n"
+              "def counted(*a, **b):\n"
+              "    left[0] -= 1\n"
+              "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
+              "    return call(*a, **b)\n"
+              f"model.{function} = counted; sys.argv = {[str(HERE / script_name), *map(str, arguments)]!r}\n"
+              f"runpy.run_path({str(HERE / script_name)!r}, run_name='__main__')")
+    env = {**os.environ, "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-c", killer], cwd=cwd, env=env, capture_output=True).returncode == -9
+
+
+@pytest.fixture(scope="module")
+def rejecting(pipeline, tmp_path_factory):
+    """A set of which the audit rejects about half at first: (the flags, its files)."""
+    rows = csv.DictReader((pipeline[0] / "runs/virtual/manifest.csv").open())
+    line = np.median([float(row["cos_nearest_real"]) for row in rows])
+    flags = ("--max-real", f"{line:.4f}", "--format", "jpg")
+    return flags, sampled(pipeline, tmp_path_factory.mktemp("whole") / "a", *flags)
+
+
+def test_the_audit_draws_again_and_leaves_out_whom_it_must(rejecting):
+    flags, files = rejecting
+    audit = json.loads(files["set/audit.json"])
+    rows = list(csv.DictReader(io.StringIO(files["set/manifest.csv"].decode())))
+    assert audit["accepted"] == len(rows) == sum(name.endswith("g") for name in files) - 1      # and the grid
+    assert audit["drawn"] == audit["accepted"] + audit["leak"] and audit["leak"] == len(audit["rejected_pictures"])
+    assert audit["accepted"] + audit["left_out"] == 15 and audit["leak"] > 0
+    assert all(float(row["cos_nearest_real"]) <= float(flags[1]) for row in rows)
+    assert all(float(row["cos_nearest_real"]) > float(flags[1]) for row in audit["rejected_pictures"])
+    assert {row["attempt"] for row in rows} > {"0"}                                     # some came later
+    tries = [(row["identity"], row["index"], row["attempt"]) for row in [*rows, *audit["rejected_pictures"]]]
+    assert len(set(tries)) == len(tries) == audit["drawn"] and str(audit["accepted"]) in files["set/README.md"].decode()
+
+
+def test_killed_sampling_gives_the_same_set_byte_for_byte(pipeline, rejecting, tmp_path):
+    flags, whole = rejecting
+    arguments = [*SAMPLE, "--batch", 1, "--dit", pipeline[0] / "runs/dit", "--fr", pipeline[0] / "runs/fr",
+                 "--out", "set", *flags]
+    for moment in (2, 4, 9, 3, 5):                                              # files after the start
+        assert killed_at("sample.py", "replace_file", moment, arguments, tmp_path)
+        for picture in tmp_path.rglob("set/v*/*.jpg"):
+            assert picture.read_bytes() == whole[picture.relative_to(tmp_path).as_posix()]      # never half of it
+    assert sampled(pipeline, tmp_path, *flags) == whole
+
+
+def test_two_ranks_give_the_set_of_one(pipeline, rejecting, tmp_path):
+    flags, whole = rejecting
+    first = sampled(pipeline, tmp_path, *flags, env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert "set/manifest.csv" not in first and any(name.endswith("jpg") for name in first)
+    assert sampled(pipeline, tmp_path, *flags, env={"RANK": "0", "WORLD_SIZE": "2"}) == whole
+
+
+def test_records_hold_the_same_pictures(pipeline, rejecting, tmp_path):
+    flags, whole = rejecting
+    sampled(pipeline, tmp_path, *flags, "--format", "rec")
+    faces = data.Faces([tmp_path / "set"])
+    assert (tmp_path / "set/property").read_text() == f"{len(faces.names)},32,32\n"
+    rows = list(csv.DictReader((tmp_path / "set/manifest.csv").open()))
+    folder_rows = list(csv.DictReader(io.StringIO(whole["set/manifest.csv"].decode())))
+    assert [{**row, "file": 0} for row in rows] == [{**row, "file": 0} for row in folder_rows]
+    assert [str(24 + int(row["identity"][1:])) for row in rows] == [list(faces.names)[y] for y in faces.labels]
+    pictures = [data.read_image(io.BytesIO(whole[f"set/{row['file']}"]))[0] for row in folder_rows]
+    assert torch.equal(faces.images, torch.stack(pictures)) and not faces.landmarks.isnan().any()
+    index = dict(line.split("\t") for line in (tmp_path / "set/train.idx").read_text().splitlines())
+    content = (tmp_path / "set/train.rec").read_bytes()
+    labels = lambda key: struct.unpack_from("<ff", content, int(index[str(key)]) + 8 + 24)
+    start, stop = map(int, labels(0))                                   # as InsightFace's loaders find people
+    assert start == len(rows) + 1 and stop - start == len({row["identity"] for row in rows})
+    assert [labels(key)[0] for key in range(start, stop)] == [1, *(labels(key)[1] for key in range(start, stop - 1))]
+    assert labels(stop - 1)[1] == start
+
+
+def test_records_survive_the_magic_number_inside(tmp_path):
+    magic = struct.pack("<I", data.Record.MAGIC)
+    for image in (b"abcd" + magic, magic, b"abc" + magic + b"d", magic * 2 + b"xy", b"", b"12345678"):
+        record = data.pack_record(3, [7], image)
+        (tmp_path / "x.rec").write_bytes(record)
+        data.mapped.cache_clear()
+        assert data.Record(tmp_path / "x.rec", 3, 0).open("rb").read() == image and len(record) % 4 == 0
+
+
+def test_real_people_are_filled_up(pipeline, tmp_path):
+    files = sampled(pipeline, tmp_path, "--real-to", 6)
+    rows = list(csv.DictReader(io.StringIO(files["set/manifest.csv"].decode())))
+    assert len(rows) == 24 * 2 and all(f"set/{row['file']}" in files for row in rows)
+    united = data.Faces([pipeline[0] / "faces", tmp_path / "set"])
+    assert len(united.names) == 24 and united.labels.bincount().tolist() == [6] * 24
+    assert "real people" in files["set/README.md"].decode()
 
 
 @pytest.mark.parametrize("stage, arguments", [
@@ -681,14 +936,7 @@ def test_killed_training_continues_to_the_same_weights(pipeline, tmp_path, stage
     """SIGKILL after the first checkpoint, then the same command: it ends where an unkilled run ends."""
     cwd, _ = pipeline
     script(*arguments, "--out", tmp_path / "whole", cwd=cwd)
-    argv = [*arguments, "--out", str(tmp_path / "cut")]
-    killer = ("import os, runpy, signal, sys, model; save = model.save_model\n"
-              "def save_and_die(*a, **b): save(*a, **b); os.kill(os.getpid(), signal.SIGKILL)\n"
-              f"model.save_model = save_and_die; sys.argv = {argv!r}\n"
-              f"runpy.run_path({str(HERE / arguments[0])!r}, run_name='__main__')")
-    env = {**os.environ, "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
-    killed = subprocess.run([sys.executable, "-c", killer], cwd=cwd, env=env, capture_output=True)
-    assert killed.returncode == -9
+    assert killed_at(arguments[0], "save_model", 2, [*arguments[1:], "--out", tmp_path / "cut"], cwd)
     assert "continuing" in script(*arguments, "--out", tmp_path / "cut", cwd=cwd)
     whole, cut = (model.load_model(tmp_path / name, stage)[0] for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
