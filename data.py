@@ -1,12 +1,17 @@
 """Faces: the demo people this file draws, image folders, landmarks, and verification benchmarks.
 
+    python data.py align photos/ --out faces/       # identity/photo.jpg of any size -> aligned 112 x 112 crops
+    python data.py landmarks casia/                 # landmarks.csv for faces that are aligned already
+
 A source is a folder `root/identity/image.jpg|png`, or one with InsightFace records (`train.rec`, `train.idx`:
 identities are their labels, files their keys), with `root/landmarks.csv` where stage 2 needs it
 (file,x1,y1, ...,x5,y5 in pixels: left eye, right eye, nose, left and right mouth corner) and `root/*.bin`
 benchmarks where there are any. The source `demo` is drawn on first use into runs/demo, as just such a folder.
 """
+import argparse
 import csv
 import functools
+import hashlib
 import io
 import math
 import os
@@ -14,6 +19,7 @@ import pickle
 import shutil
 import struct
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +27,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from model import fail, replace_file, to_uint8
+from model import claim, detect_faces, fail, load_detector, replace_file, run, to_uint8
+
+PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 # Where the five landmarks lie in an aligned 112 x 112 crop: the ArcFace template.
 TEMPLATE = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655],
@@ -425,7 +433,7 @@ class Faces(Dataset):
     """
 
     def __init__(self, sources, size=None, memory=3e9):
-        self.files, self.names, self.bad, self.images, self.size = [], {}, set(), None, None
+        self.files, self.keys, self.names, self.bad, self.images, self.size = [], [], {}, set(), None, None
         labels, landmarks, sides = [], [], []                           # names: {identity: label}
         for source in sources:
             root, found = open_source(source), []                       # found: (image, identity, file name)
@@ -441,6 +449,7 @@ class Faces(Dataset):
             first = len(self.files)
             images, names, files = zip(*found)
             self.files += images
+            self.keys += files                                          # as landmarks.csv names them
             labels += [self.names.setdefault(name, len(self.names)) for name in names]
             # The crops of a source share one size: opening half a million files to ask takes minutes.
             decoded = map(self.decode, range(first, len(self)))
@@ -454,8 +463,9 @@ class Faces(Dataset):
                 images = list(tqdm(decoded, "reading images", len(self), leave=False, mininterval=1))
             good = [i for i in range(len(self)) if images[i] is not None]
             self.report([i for i in range(len(self)) if images[i] is None])
-            self.files, self.images = [self.files[i] for i in good], torch.stack([images[i] for i in good])
-            self.labels, self.landmarks = self.labels[good], self.landmarks[good]
+            self.files, self.keys = [self.files[i] for i in good], [self.keys[i] for i in good]
+            self.images, self.labels = torch.stack([images[i] for i in good]), self.labels[good]
+            self.landmarks = self.landmarks[good]
 
     def __len__(self):
         return len(self.files)
@@ -527,3 +537,178 @@ def batches(faces, batch, seed, first, last):
 
     for images, i in faces.loader(order()):
         yield images, faces.labels[i], faces.landmarks[i]
+
+
+# ------------------------------------------------- landmarks and alignment: photographs to training crops
+
+WEIGHTS_URL = "https://github.com/xinntao/facexlib/releases/download/v0.1.0/detection_mobilenet0.25_Final.pth"
+WEIGHTS_SHA256 = "2979b33ffafda5d74b6948cd7a5b9a7a62f62b949cef24e95fd15d2883a65220"
+
+
+def fetch_weights(folder, url=WEIGHTS_URL, sha256=WEIGHTS_SHA256):
+    """The path of the published RetinaFace weights in `folder`, downloaded (1.8 MB) if not there, checked."""
+    path = Path(folder) / url.split("/")[-1]
+    try:
+        if not path.is_file():
+            print(f"fetching {url}")
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                content = answer.read(10_000_000)
+            if hashlib.sha256(content).hexdigest() == sha256:
+                replace_file(path, lambda temporary: temporary.write_bytes(content))
+    except OSError as error:
+        fail(f"{url}: cannot be fetched ({error}); put that file at {path}, or name it with --weights")
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        fail(f"{path}: its sha256 is not {sha256[:16]}..., so it was not used; delete it, or give --weights")
+    return path
+
+
+def crop_landmarks(detector, images):
+    """Landmarks (B, 5, 2) in [0, 1] of aligned uint8 crops (B, 3, S, S), and whether one was found (B,).
+
+    The detector wants a face of about 100 pixels with some room around it: crops are resized to 168 pixels,
+    framed by 42 of grey, and seen as they are and mirrored; the mean counts. Of several faces the one nearest
+    to the template is taken; where there is none, the template itself.
+    """
+    x = F.interpolate(images.float(), size=168, mode="bicubic", antialias=True, align_corners=False)
+    x = F.pad(x.round().clamp(0, 255), (42,) * 4, value=114)
+    views, found = [], torch.zeros(len(images), dtype=torch.bool)
+    for view, order, sign in ((x, [0, 1, 2, 3, 4], 0), (x.flip(3), [1, 0, 2, 4, 3], 1)):
+        for i, (_, _, points) in enumerate(detect_faces(detector, view, confidence=0.02)):
+            points = (points[:, order] - 42) / 168
+            points[..., 0] = sign + (1 - 2 * sign) * points[..., 0]
+            distance = (points - TEMPLATE).norm(dim=2).mean(1)
+            near = len(points) > 0 and distance.min() < 0.15
+            found[i] |= near
+            views.append(points[distance.argmin()] if near else torch.full((5, 2), torch.nan))
+    mean = torch.stack(views).view(2, -1, 5, 2).nanmean(0)
+    return torch.where(found[:, None, None], mean, TEMPLATE), found
+
+
+def complete_landmarks(sources, weights, folder, device):
+    """Finds the landmarks that sources of aligned crops lack and writes them to their landmarks.csv."""
+    for source in sources:
+        faces = Faces([source])
+        missing = faces.landmarks.isnan().flatten(1).any(1).nonzero().flatten()
+        if not len(missing):
+            continue
+        detector, lost = load_detector(weights or fetch_weights(folder), device), 0
+        loader = faces.loader(missing.split(64))
+        for images, i in tqdm(loader, f"landmarks of {source}", -(-len(missing) // 64), leave=False):
+            faces.landmarks[i], found = crop_landmarks(detector, images.to(device))
+            lost += int((~found).sum())
+        write_landmarks(open_source(source) / "landmarks.csv", zip(faces.keys, faces.landmarks * faces.size))
+        print(f"{source}: found the landmarks of {len(missing) - lost} of {len(missing)} images"
+              f"{f'; for {lost} the template stands in' if lost else ''}")
+
+
+def letterbox(image, side=640):
+    """An RGB photograph on a grey square, shrunk to fit but not enlarged: uint8 (3, side, side), the scale."""
+    scale = min(1, side / max(image.size))
+    canvas = Image.new("RGB", (side, side), (114, 114, 114))
+    canvas.paste(image.resize([max(1, round(length * scale)) for length in image.size], reducing_gap=2))
+    return pil_to_tensor(canvas), scale
+
+
+def crop_face(image, points, size):
+    """The aligned crop of a photograph by landmarks (5, 2) in its pixels, and the landmarks in crop pixels.
+
+    Similarity transform to the ArcFace template. Where that shrinks, the photograph is averaged down first,
+    so that nothing aliases.
+    """
+    factor = max(1, int(1 / similarity(points, size * TEMPLATE)[0].abs()))
+    image, points = image.reduce(factor), points / factor
+    scale, shift = similarity(points, size * TEMPLATE)
+    back, offset = 1 / scale, -shift / scale                    # PIL asks where each pixel of the crop is from
+    affine = [back.real, -back.imag, offset.real, back.imag, back.real, offset.imag]
+    crop = image.transform((size, size), Image.Transform.AFFINE, [x.item() for x in affine],
+                           Image.Resampling.BICUBIC)
+    return crop, move(points, scale, shift)
+
+
+def align(photos, out, detector, device, size=112, face="largest", min_face=40):
+    """Crops one face of every photograph photos/identity/name to out/identity/, with its landmarks.
+
+    Which: the largest box times score, or the one nearest the centre. Photographs without a face of min_face
+    pixels are listed in rejected.csv. progress.csv has a line for each photograph dealt with: the same
+    command goes on there.
+    """
+    photos, out = Path(photos), Path(out)
+    files = sorted(path for path in photos.glob("*/*") if path.suffix.lower() in PHOTOGRAPHS)
+    if not files:
+        fail(f"{photos}: no photographs; expected identity/photo.jpg, .png, .webp, .bmp or .tif")
+    held, journal = claim(out), out / "progress.csv"
+    lines = journal.read_text().rpartition("\n")[0].splitlines() if journal.is_file() else []
+    done = {row[0]: row[1:] for row in csv.reader(lines)}               # crop and landmarks, or the reason
+    replace_file(journal, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
+
+    def read(path):
+        try:
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image).convert("RGB")
+            return image, *letterbox(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return None, type(error).__name__, None
+
+    def finish(path, image, scale, scores, boxes, points):
+        """What progress.csv says of a photograph; its crop is written first."""
+        sides = (boxes[:, 2:] - boxes[:, :2]) / scale
+        large = sides.amin(1) >= min_face
+        if not large.any():
+            return [f"no face of {min_face} pixels" if len(large) else "no face"]
+        middle = (boxes[:, 2:] + boxes[:, :2]) / 2 / scale - torch.tensor(image.size) / 2
+        rank = sides.prod(1) * scores if face == "largest" else -middle.norm(dim=1)
+        best = rank.where(large, torch.tensor(-torch.inf)).argmax()
+        crop, landmarks = crop_face(image, points[best] / scale, size)
+        name = path.relative_to(photos).as_posix() + ".jpg" * (path.suffix.lower() != ".jpg")
+        replace_file(out / name, lambda temporary: crop.save(temporary, "JPEG", quality=95, subsampling=0))
+        return [name, *(f"{x:.2f}" for x in landmarks.flatten().tolist())]
+
+    todo = [path for path in files if path.relative_to(photos).as_posix() not in done]
+    with ThreadPoolExecutor() as pool, open(journal, "a", newline="") as file, \
+            tqdm(total=len(files), initial=len(files) - len(todo), desc=out.name, unit="img", leave=False) as bar:
+        for start in range(0, len(todo), 16):
+            batch = todo[start:start + 16]
+            images, squares, scales = zip(*pool.map(read, batch))
+            good = [i for i, image in enumerate(images) if image is not None]
+            found = detect_faces(detector, torch.stack([squares[i] for i in good]).to(device)) if good else []
+            rows = {i: [f"unreadable: {square}"] for i, square in enumerate(squares) if i not in good}
+            rows |= zip(good, pool.map(lambda i, faces: finish(batch[i], images[i], scales[i], *faces), good, found))
+            rows = [[batch[i].relative_to(photos).as_posix(), *rows[i]] for i in sorted(rows)]
+            csv.writer(file, lineterminator="\n").writerows(rows)
+            file.flush()
+            done |= {row[0]: row[1:] for row in rows}
+            bar.update(len(batch))
+    write_landmarks(out / "landmarks.csv", ((row[0], torch.tensor([float(x) for x in row[1:]]))
+                                            for row in done.values() if len(row) == 11))
+    rejected = [[name, *row] for name, row in done.items() if len(row) == 1]
+    write_csv(out / "rejected.csv", ["file", "reason"], rejected)
+    print(f"{len(done) - len(rejected)} faces in {out}; {len(rejected)} photographs without, see rejected.csv")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    task = tasks.add_parser("align", help="cut aligned faces out of photographs", description=align.__doc__)
+    task.add_argument("source", metavar="PHOTOS", help="folder of identity folders with photographs")
+    task.add_argument("--out", default="faces", metavar="DIR", help="aligned faces (default: %(default)s)")
+    task.add_argument("--size", type=int, default=112, help="side of a crop in pixels (default: %(default)s)")
+    task.add_argument("--face", choices=["largest", "centre"], default="largest",
+                      help="of several faces the largest, times its score, or the one nearest the centre "
+                           "(default: %(default)s)")
+    task.add_argument("--min-face", type=int, default=40, help="smallest side of a face in the photograph, in "
+                                                               "pixels (default: %(default)s)")
+    crops = tasks.add_parser("landmarks", help="find the landmarks of faces that are aligned already",
+                             description=complete_landmarks.__doc__)
+    crops.add_argument("source", metavar="FACES", help="folder of identity folders, or of train.rec")
+    for each in (task, crops):
+        each.add_argument("--weights", metavar="PATH", help="RetinaFace MobileNet-0.25 weights (default: fetched)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.task == "landmarks":
+        return complete_landmarks([args.source], args.weights, "runs", device)
+    detector = load_detector(args.weights or fetch_weights(args.out), device)
+    align(args.source, args.out, detector, device, args.size, args.face, args.min_face)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import Faces, batches
+from data import Faces, batches, complete_landmarks
 from model import (DIT_SIZES, DiT, DiTConfig, autocast, compiled, dit_loss, dpm_solver, embed, fail, guided,
                    load_recogniser, replace_file, resume, run, save_model, save_state, stop_unless_finite,
                    to_float, to_uint8)
@@ -34,6 +34,7 @@ flag("--batch", type=int, help="images per step (default: 64 for Ti, 256 for oth
 flag("--lr", type=float, help="peak learning rate (default: 1e-3 for Ti, 2e-4 for others)")
 flag("--identity-weight", type=float, default=0.05, help="weight of the identity loss (default: %(default)s)")
 flag("--preview", type=int, help="steps between previews (default: an eighth of the run, 5,000 at most)")
+flag("--weights", metavar="PATH", help="RetinaFace's, where landmarks are missing (default: fetched)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 
@@ -47,14 +48,12 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone, prototypes, fr = load_recogniser(args.fr, device)
     data, out = args.data or fr["data"], Path(args.out)
+    complete_landmarks(data, args.weights, out, device)
     faces = Faces(data, fr["config"]["size"])
     row_of = {name: i for i, name in enumerate(fr["names"])}
     if unknown := [name for name in faces.names if name not in row_of]:
         fail(f"{args.fr}: {len(unknown)} of {len(faces.names)} people have no prototype, {unknown[0]} first; "
              "train fr_train.py on the same --data")
-    if without := faces.landmarks.isnan().any(2).any(1).nonzero().flatten().tolist():
-        fail(f"{faces.files[without[0]]}: no landmarks, nor for {len(without) - 1} other images; expected a "
-             "line for each in landmarks.csv beside the identity folders")
     arch = args.arch = args.arch or ("Ti/4" if faces.size <= 64 else "B/8")
     size, patch = arch.split("/")
     cfg = DiTConfig(size=faces.size, dim=fr["config"]["dim"], patch=int(patch), **DIT_SIZES[size])

@@ -9,6 +9,7 @@ of the image, in the order left eye, right eye, nose, left and right mouth corne
 image).
 """
 import fcntl
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import Conv2dNormActivation, nms
 
 # ---------------------------------------------------------------------------------------------- small helpers
 
@@ -456,6 +458,96 @@ def dpm_solver(denoise, x, steps):
         estimate = x0 if h_previous == math.inf else x0 + (x0 - previous) * h / (2 * h_previous)
         x = s_next / s * x + (a_next - a * s_next / s) * estimate        # x s_next / s - a_next (e^-h - 1) x0
         previous, h_previous = x0, h
+
+
+# ------------------------------------------------------------------- the detector: photographs -> landmarks
+
+
+def conv(c_in, c_out, kernel=3, stride=1, groups=1, active=True):
+    """Convolution, batch norm and LeakyReLU; every part of RetinaFace but its heads."""
+    activation = functools.partial(nn.LeakyReLU, 0.1) if active else None
+    return Conv2dNormActivation(c_in, c_out, kernel, stride, groups=groups, activation_layer=activation)
+
+
+class ContextModule(nn.Module):
+    """SSH's context module: 3 x 3, 5 x 5 and 7 x 7 fields of view, made of 3 x 3 convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv3X3 = conv(64, 32, active=False)
+        self.conv5X5_1, self.conv5X5_2 = conv(64, 16), conv(16, 16, active=False)
+        self.conv7X7_2, self.conv7x7_3 = conv(16, 16), conv(16, 16, active=False)
+
+    def forward(self, x):                                                       # (B, 64, H, W) -> the same
+        five = self.conv5X5_1(x)
+        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(five), self.conv7x7_3(self.conv7X7_2(five))], 1))
+
+
+class RetinaFace(nn.Module):
+    """Face detector (Deng et al. 2020) on MobileNet-0.25, with the keys of the published Pytorch_Retinaface."""
+
+    def __init__(self):
+        super().__init__()
+        separable = lambda c_in, c_out, stride=1: nn.Sequential(
+            *conv(c_in, c_in, stride=stride, groups=c_in), *conv(c_in, c_out, kernel=1))
+        self.body = nn.ModuleDict({
+            "stage1": nn.Sequential(conv(3, 8, stride=2), separable(8, 16), separable(16, 32, 2),
+                                    separable(32, 32), separable(32, 64, 2), separable(64, 64)),
+            "stage2": nn.Sequential(separable(64, 128, 2), *(separable(128, 128) for _ in range(5))),
+            "stage3": nn.Sequential(separable(128, 256, 2), separable(256, 256))})
+        self.fpn = nn.ModuleDict({"output1": conv(64, 64, 1), "output2": conv(128, 64, 1),
+                                  "output3": conv(256, 64, 1), "merge1": conv(64, 64), "merge2": conv(64, 64)})
+        self.ssh1, self.ssh2, self.ssh3 = ContextModule(), ContextModule(), ContextModule()
+        self.ClassHead, self.BboxHead, self.LandmarkHead = (
+            nn.ModuleList(nn.ModuleDict({"conv1x1": nn.Conv2d(64, 2 * width, 1)}) for _ in range(3))
+            for width in (2, 4, 10))                                            # two anchors a place
+
+    def forward(self, images):
+        """Of uint8 RGB images (B, 3, H, W): scores (B, A), boxes (B, A, 4), landmarks (B, A, 5, 2), pixels."""
+        B, _, H, W = images.shape
+        x = images.flip(1).float() - torch.tensor([104., 117., 123.], device=images.device).view(3, 1, 1)
+        one = self.body["stage1"](x)                                            # (B, 64, H/8, W/8)
+        two = self.body["stage2"](one)                                          # (B, 128, H/16, W/16)
+        three = self.fpn["output3"](self.body["stage3"](two))                   # (B, 64, H/32, W/32)
+        up = lambda small, large: large + F.interpolate(small, size=large.shape[2:])
+        two = self.fpn["merge2"](up(three, self.fpn["output2"](two)))
+        one = self.fpn["merge1"](up(two, self.fpn["output1"](one)))
+        levels = [self.ssh1(one), self.ssh2(two), self.ssh3(three)]
+        scores, boxes, points = (torch.cat([
+            head["conv1x1"](level).permute(0, 2, 3, 1).reshape(B, -1, width) for head, level in zip(heads, levels)
+        ], 1) for heads, width in ((self.ClassHead, 2), (self.BboxHead, 4), (self.LandmarkHead, 10)))
+        anchors = []                                                            # centre and side
+        for level, step, sides in zip(levels, (8, 16, 32), ((16., 32.), (64., 128.), (256., 512.))):
+            y, x = ((torch.arange(count, device=images.device) + 0.5) * step for count in level.shape[2:])
+            anchors.append(torch.cartesian_prod(y, x, torch.tensor(sides, device=y.device)))
+        y, x, side = torch.cat(anchors).T[..., None]                            # (A, 1) each
+        centre = torch.cat([x, y], 1)                                           # (A, 2)
+        middle, half = centre + 0.1 * side * boxes[..., :2], side / 2 * (0.2 * boxes[..., 2:]).exp()
+        points = centre[:, None] + 0.1 * side[:, None] * points.unflatten(2, (5, 2))
+        return scores.softmax(2)[..., 1], torch.cat([middle - half, middle + half], 2), points
+
+
+@torch.no_grad()
+def detect_faces(detector, images, confidence=0.5):
+    """Faces in uint8 images (B, 3, H, W): for each image scores (K,), boxes (K, 4), landmarks (K, 5, 2)."""
+    found = []
+    for score, box, points in zip(*detector(images)):
+        keep = (score > confidence).nonzero().flatten()
+        keep = keep[nms(box[keep], score[keep], 0.4)]
+        found.append((score[keep].cpu(), box[keep].cpu(), points[keep].cpu()))
+    return found
+
+
+def load_detector(path, device):
+    """A RetinaFace with published weights from a .pth file."""
+    detector = RetinaFace()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        detector.load_state_dict({name.removeprefix("module."): t for name, t in state.items()})
+    except Exception as error:                                          # unpickling fails in many ways
+        fail(f"{path}: expected weights of RetinaFace with MobileNet-0.25, as Pytorch_Retinaface publishes them; "
+             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return detector.to(device).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------- save and load

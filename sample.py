@@ -274,8 +274,9 @@ def main():
         return buffer.getvalue()
 
     max_real = fr["strangers"] if args.max_real is None else args.max_real
-    probe = [(row, 0, 0, poses_of(row)[0]) for row in list(wanted)[::-(-len(wanted) // batch)]]
-    own_nearest = 1 - sum(audit(draw(probe), probe)[2]) / len(probe)
+    probe = [(row, 0, 0, poses_of(row)[0]) for row in list(wanted)[::-(-len(wanted) // 64)]]
+    probed = [audit(draw(jobs), jobs)[2] for jobs in (probe[i:i + batch] for i in range(0, len(probe), batch))]
+    own_nearest = 1 - sum(sum(probed, [])) / len(probe)
     strict = args.min_own is not None or own_nearest >= 0.8             # the identity rule is enforced
     todo = [number for number in range(rank, len(chunks), world) if not parts[number].is_file()]
     total = sum(wanted[row] for number in todo for row in chunks[number])

@@ -921,7 +921,7 @@ def test_records_survive_the_magic_number_inside(tmp_path):
 
 
 def test_real_people_are_filled_up(pipeline, tmp_path):
-    files = sampled(pipeline, tmp_path, "--real-to", 6)
+    files = sampled(pipeline, tmp_path, "--real-to", 6, "--min-own", -1)
     rows = list(csv.DictReader(io.StringIO(files["set/manifest.csv"].decode())))
     assert len(rows) == 24 * 2 and all(f"set/{row['file']}" in files for row in rows)
     united = data.Faces([pipeline[0] / "faces", tmp_path / "set"])
