@@ -682,6 +682,7 @@ def align(photos, out, detector, device, size=112, face="largest", min_face=40):
                                             for row in done.values() if len(row) == 11))
     rejected = [[name, *row] for name, row in done.items() if len(row) == 1]
     write_csv(out / "rejected.csv", ["file", "reason"], rejected)
+    os.close(held)
     print(f"{len(done) - len(rejected)} faces in {out}; {len(rejected)} photographs without, see rejected.csv")
 
 

@@ -1,5 +1,8 @@
 """Run with `python -m pytest -q`: formulas against naive ones, invariants, scripts as users run them."""
 import csv
+import functools
+import hashlib
+import http.server
 import io
 import json
 import math
@@ -8,13 +11,14 @@ import pickle
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 
 import data
@@ -595,6 +599,164 @@ def test_lfw_s_pairs_txt_and_what_can_be_wrong_with_it(tmp_path, capsys):
         assert named in capsys.readouterr().err
 
 
+# --------------------------------------------------------------------------------- landmarks and alignment
+
+
+SHARED = HERE.parent / "shared/data"
+WEIGHTS = SHARED / "weights/mobilenet0.25_Final.pth"
+
+
+def test_the_detector_decodes_its_anchors_as_a_loop_does():
+    net = model.RetinaFace().eval()
+    for head, biases in ((net.ClassHead, (0., 1, 0, 2)), (net.BboxHead, (.5, -1, .2, .4) * 2),
+                         (net.LandmarkHead, [0.1 * i for i in range(20)])):
+        for level in head:
+            torch.nn.init.zeros_(level["conv1x1"].weight)
+            level["conv1x1"].bias.data = torch.tensor(biases)
+    with torch.no_grad():
+        scores, boxes, points = net(torch.zeros(1, 3, 70, 100, dtype=torch.uint8))
+    at = 0
+    for step, sides in ((8, (16, 32)), (16, (64, 128)), (32, (256, 512))):
+        for row in range(math.ceil(70 / step)):
+            for column in range(math.ceil(100 / step)):
+                for anchor, side in enumerate(sides):
+                    x, y = (column + .5) * step, (row + .5) * step
+                    w, h = side * math.exp(.04), side * math.exp(.08)
+                    cx, cy = x + .05 * side, y - .1 * side
+                    assert boxes[0, at].tolist() == pytest.approx(
+                        [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], abs=1e-3)
+                    naive = [[x + .1 * side * .1 * (10 * anchor + 2 * i),
+                              y + .1 * side * .1 * (10 * anchor + 2 * i + 1)] for i in range(5)]
+                    assert np.allclose(points[0, at], naive, atol=1e-3)
+                    assert scores[0, at] == pytest.approx(1 / (1 + math.exp(-1 - anchor)))
+                    at += 1
+    assert at == boxes.shape[1]
+
+
+@pytest.mark.skipif(not WEIGHTS.is_file(), reason="published RetinaFace weights are not at hand")
+def test_published_detector_finds_lfw_s_landmarks():
+    detector = model.load_detector(WEIGHTS, CPU)                                # strict: every key matches
+    rows = list(csv.reader((SHARED / "lfw112/landmarks.csv").open()))[1::330]
+    images = torch.stack([data.read_image(SHARED / "lfw112" / row[0])[0] for row in rows])
+    points, found = data.crop_landmarks(detector, images)
+    error = 112 * points - torch.tensor([[float(x) for x in row[1:]] for row in rows]).view(-1, 5, 2)
+    assert found.float().mean() >= 0.97 and error.norm(dim=2).mean(1).median() < 2.3
+
+
+def test_a_crop_is_the_similarity_that_least_squares_gives():
+    source, target = torch.rand(5, 2, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
+    scale, shift = data.similarity(source, target)
+    x, y = source - source.mean(0), target - target.mean(0)                     # Umeyama 1991, eq. 40 to 43
+    u, singular, vt = torch.linalg.svd(y.T @ x / 5)
+    sign = torch.diag(torch.tensor([1, torch.det(u @ vt).sign()], dtype=torch.float64))
+    rotation = u @ sign @ vt
+    factor = (singular * sign.diag()).sum() / (x ** 2).sum() * 5
+    assert torch.allclose(data.move(source, scale, shift), factor * y.new_tensor(0) + factor * x @ rotation.T +
+                          target.mean(0))
+    assert torch.allclose(data.move(data.move(source, scale, shift), 1 / scale, -shift / scale), source)
+
+
+@pytest.mark.parametrize("zoom, angle", [(1.0, 0.0), (0.6, 0.4), (6.0, -0.7)])
+def test_crops_put_the_landmarks_where_they_say(zoom, angle):
+    turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    points = 112 * zoom * (data.TEMPLATE - 0.5) @ turn + 500
+    points[2] += 3 * zoom                                                       # a nose off the template
+    grid = np.arange(1000) + 0.5                                                # of the pixels' middles
+    far = np.min([np.hypot(grid - x, grid[:, None] - y) for x, y in points.tolist()], 0)
+    photo = Image.fromarray(np.uint8(255 * (3 * zoom + 0.5 - far).clip(0, 1))).convert("RGB")
+    crop, landmarks = data.crop_face(photo, points, 112)
+    light = np.asarray(crop.convert("L"), float)
+    grid = np.arange(112) + 0.5
+    for x, y in landmarks.tolist():
+        near = light * (np.hypot(grid - x, grid[:, None] - y) < 7)
+        found = (near.sum(0) @ grid / near.sum(), near.sum(1) @ grid / near.sum())
+        assert np.hypot(found[0] - x, found[1] - y) < 0.5
+    assert (landmarks - 112 * data.TEMPLATE).norm(dim=1).max() < 4
+
+
+def test_shrinking_does_not_alias():
+    stripes = Image.fromarray(np.tile(np.uint8([0, 255]), (1200, 600))).convert("RGB")
+    crop, _ = data.crop_face(stripes, 1000 * data.TEMPLATE + 100, 112)
+    assert np.ptp(np.asarray(crop)[8:-8, 8:-8]) <= 30
+
+
+def test_weights_are_fetched_once_and_checked(tmp_path, capsys):
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/w.pth").write_bytes(b"weights")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, good = f"http://127.0.0.1:{server.server_port}/w.pth", hashlib.sha256(b"weights").hexdigest()
+    with pytest.raises(SystemExit):
+        data.fetch_weights(tmp_path / "a", url, "0" * 64)
+    assert "sha256" in capsys.readouterr().err and not (tmp_path / "a/w.pth").exists()
+    assert data.fetch_weights(tmp_path / "a", url, good).read_bytes() == b"weights"
+    server.shutdown()
+    server.server_close()
+    assert data.fetch_weights(tmp_path / "a", url, good).is_file()              # no server needed any more
+    with pytest.raises(SystemExit):
+        data.fetch_weights(tmp_path / "b", url, good)
+    assert f"put that file at {tmp_path}/b/w.pth" in capsys.readouterr().err
+
+
+def test_photographs_become_aligned_crops(tmp_path, monkeypatch, capsys):
+    """With a detector that sees every red square as a face; its score is the green in it."""
+    face = lambda x, y, side: (torch.tensor([x, y, x + side, y + side], dtype=torch.float32),
+                               torch.tensor([x, y]) + side * data.TEMPLATE)
+
+    def detect(_, images):
+        for image in images:
+            mask = (image[0] > 200) & (image[2] < 60)
+            ys, xs = mask.nonzero().T
+            if not len(xs):
+                yield torch.zeros(0), torch.zeros(0, 4), torch.zeros(0, 5, 2)
+                continue
+            right = xs > image.shape[1] // 2
+            faces = [face(xs[half].min(), ys[half].min(), (xs[half].max() - xs[half].min() + 1).item())
+                     for half in (right, ~right) if half.any()]
+            yield torch.ones(len(faces)), torch.stack([box for box, _ in faces]), torch.stack([p for _, p in faces])
+    monkeypatch.setattr(data, "detect_faces", detect)
+    (tmp_path / "photos/ann").mkdir(parents=True)
+
+    def photo(name, *squares, size=(900, 600), mode="RGB", **options):
+        image = Image.new("RGB", size, "white")
+        for x, y, side in squares:
+            ImageDraw.Draw(image).rectangle((x, y, x + side - 1, y + side - 1), (255, side // 4, 0))
+        image.convert(mode).save(tmp_path / "photos/ann" / name, **options)
+    photo("one.jpg", (100, 100, 200))
+    photo("two.png", (40, 40, 300), (500, 250, 100), mode="RGBA")
+    photo("print.jpg", (100, 100, 200), mode="CMYK")
+    photo("huge.png", (1000, 1000, 900), size=(5000, 4000))
+    photo("small.png", (100, 100, 30))
+    photo("none.png")
+    turned = Image.Exif()
+    turned[0x112] = 6                                                   # seen after a quarter turn
+    photo("turned.jpg", (10, 20, 200), size=(900, 600), exif=turned)
+    (tmp_path / "photos/ann/broken.jpg").write_bytes(b"no picture")
+    args = (tmp_path / "photos", tmp_path / "out", None, CPU)
+    data.align(*args)
+    crops = sorted(path.name for path in (tmp_path / "out/ann").iterdir())
+    assert crops == ["huge.png.jpg", "one.jpg", "print.jpg", "turned.jpg", "two.png.jpg"]
+    for path in (tmp_path / "out/ann").iterdir():
+        crop = data.read_image(path)[0].float()
+        assert crop.shape == (3, 112, 112) and crop[0].mean() > 225 and crop[2, 8:-8, 8:-8].mean() < 40, path
+    rejected = dict(csv.reader((tmp_path / "out/rejected.csv").open()))
+    assert rejected == {"file": "reason", "ann/broken.jpg": "unreadable: UnidentifiedImageError",
+                        "ann/none.png": "no face", "ann/small.png": "no face of 40 pixels"}
+    faces = data.Faces([tmp_path / "out"])
+    assert torch.allclose(faces.landmarks, data.TEMPLATE.expand(5, 5, 2), atol=1e-3)
+    two = (tmp_path / "out/ann/two.png.jpg").read_bytes()
+    data.align(*args[:1], tmp_path / "centre", *args[2:], face="centre")
+    assert (tmp_path / "centre/ann/two.png.jpg").read_bytes() != two            # the other face
+
+    lines = (tmp_path / "out/progress.csv").read_text().splitlines(keepends=True)   # killed in the third line:
+    (tmp_path / "out/progress.csv").write_text("".join(lines[:2]) + lines[2][:9])
+    whole = (tmp_path / "out/landmarks.csv").read_bytes()
+    data.align(*args)
+    assert (tmp_path / "out/landmarks.csv").read_bytes() == whole
+    assert dict(csv.reader((tmp_path / "out/rejected.csv").open())) == rejected
+
+
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -789,6 +951,22 @@ def test_pipeline_leaves_what_the_readme_says(pipeline):
     assert "CPLFW" in printed["evaluate"].split("Absent")[1] and "VIGFace(L)" in printed["evaluate"]
     assert "virtual to any other" in printed["fr"] and "own cosine real" in printed["dit"]
     assert "runs/fr-virtual" in printed["evaluate"]
+
+
+def test_landmarks_are_found_on_the_way_where_they_are_missing(pipeline, tmp_path):
+    """With a detector that knows nothing, so that the template stands in."""
+    folder(tmp_path / "bare", 4, 4, landmarks=False)
+    weights = {f"module.{name}": t for name, t in model.RetinaFace().state_dict().items()}
+    for level in range(3):
+        weights[f"module.ClassHead.{level}.conv1x1.bias"] = torch.tensor([50., -50., 50., -50.])
+    torch.save(weights, tmp_path / "w.pth")
+    printed = script("data.py", "landmarks", "bare", "--weights", "w.pth", cwd=tmp_path)
+    assert "found the landmarks of 0 of 16 images; for 16 the template stands in" in printed
+    (tmp_path / "bare/landmarks.csv").unlink()
+    script("fr_train.py", "--data", "bare", "--epochs", 1, "--batch", 4, cwd=tmp_path)
+    assert "for 16 the template" in script("dit_train.py", "--steps", 2, "--batch", 4, "--weights", "w.pth",
+                                           cwd=tmp_path)
+    assert torch.allclose(data.Faces([tmp_path / "bare"]).landmarks, data.TEMPLATE.expand(16, 5, 2), atol=1e-3)
 
 
 def test_the_audit_catches_a_planted_copy(pipeline, tmp_path):
@@ -990,7 +1168,7 @@ def bad_input(case, root):
     if case == "no landmarks":
         folder(root, 2, 2, landmarks=False)
         script("fr_train.py", "--data", root, "--out", root / "fr", "--epochs", 1, "--batch", 2, cwd=root)
-        return ("dit_train.py", "--fr", root / "fr"), "no landmarks"
+        return ("dit_train.py", "--fr", root / "fr", "--weights", root / "w.pth"), "w.pth: expected weights"
     if case == "people nobody knows":
         folder(root, 30, 1)
         return ("dit_train.py", "--data", root), "have no prototype"
