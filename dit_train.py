@@ -18,9 +18,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Faces, batches, complete_landmarks
-from model import (DIT_SIZES, DiT, DiTConfig, autocast, compiled, dit_loss, dpm_solver, embed, fail, guided,
-                   load_recogniser, replace_file, resume, run, save_model, save_state, stop_unless_finite,
-                   to_float, to_uint8)
+from model import (DIT_SIZES, DiT, DiTConfig, autocast, claim, compiled, dit_loss, dpm_solver, embed, fail,
+                   guided, load_recogniser, replace_file, resume, run, save_model, save_state,
+                   stop_unless_finite, to_float, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -74,6 +74,7 @@ def main():
     settings = {**vars(args), "data": data, "fr_step": fr["step"], "images": len(faces)}
     del settings["out"], settings["preview"]
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
+    claim(out)
     first = resume(out / "state.pt", settings, modules)
     millions = sum(p.numel() for p in dit.parameters()) / 1e6
     print(f"DiT-{arch}, {millions:.1f}M parameters, {len(faces)} images at {cfg.size} px, {steps} steps of "
@@ -100,7 +101,7 @@ def main():
         own = (embed(backbone, images) * preview_w).sum(1)
         return own[:rows * columns].mean().item(), own[rows * columns:].mean().item()
 
-    rows_of = torch.tensor([row_of[name] for name in faces.names])      # a row of W for each label of the data
+    rows_of = torch.tensor([row_of[name] for name in faces.names])      # of W, for each label of the data
     losses, logged, since = torch.zeros(2, device=device), first, time.time()
     loader = batches(faces, batch, args.seed, first, steps)
     progress = tqdm(loader, out.name, initial=first, total=steps, mininterval=1, leave=False)

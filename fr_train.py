@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from data import Faces, batches, benchmarks
 from evaluate import embed_faces, nearest, pair_distances, verification
-from model import (FR_ARCHS, FRConfig, Prototypes, Recogniser, autocast, compiled, embed, fail, forward_flops,
-                   load_backbone, peak_flops, resume, run, save_model, save_state, stop_unless_finite,
-                   to_float, vigface_loss, virtual_batch_size)
+from model import (FR_ARCHS, FRConfig, Prototypes, Recogniser, autocast, claim, compiled, embed, fail,
+                   forward_flops, load_backbone, peak_flops, resume, run, save_model, save_state,
+                   stop_unless_finite, to_float, vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -108,6 +108,7 @@ def main():
     settings = {**vars(args), "images": len(faces), "identities": n}
     del settings["out"], settings["val"]
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
+    claim(out)
     first = resume(out / "state.pt", settings, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch} at {size} px, {epochs} epochs of "
           f"{per_epoch} steps of {batch}, on {device}")
@@ -174,8 +175,8 @@ def main():
         (last, _), (best, when) = history[-1], max(history)
         print(f"mean accuracy at the end {last:.2%}, best {best:.2%} after epoch {when}")
     W, own = prototypes.unit().detach(), torch.arange(n + k, device=device)
-    data = embed_faces(backbone, prototypes, faces, device)             # how near strangers come, for sample.py
-    strangers = nearest(data.f, W[:n], data.labels)[0].cpu().numpy()
+    data = embed_faces(backbone, prototypes, faces, device)
+    strangers = nearest(data.f, W[:n], data.labels)[0].cpu().numpy()    # how near they come, for sample.py
     save(steps, strangers=float(np.quantile(strangers, 0.99)))
     for name, cosine in (("real to other real", nearest(W[:n], W[:n], own[:n])[0]),
                          ("virtual to any other", nearest(W[n:], W, own[n:])[0] if k else None)):

@@ -480,11 +480,12 @@ class ContextModule(nn.Module):
 
     def forward(self, x):                                                       # (B, 64, H, W) -> the same
         five = self.conv5X5_1(x)
-        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(five), self.conv7x7_3(self.conv7X7_2(five))], 1))
+        seven = self.conv7x7_3(self.conv7X7_2(five))
+        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(five), seven], 1))
 
 
 class RetinaFace(nn.Module):
-    """Face detector (Deng et al. 2020) on MobileNet-0.25, with the keys of the published Pytorch_Retinaface."""
+    """Face detector (Deng et al. 2020) on MobileNet-0.25, with the keys of published Pytorch_Retinaface."""
 
     def __init__(self):
         super().__init__()
@@ -496,14 +497,15 @@ class RetinaFace(nn.Module):
             "stage2": nn.Sequential(separable(64, 128, 2), *(separable(128, 128) for _ in range(5))),
             "stage3": nn.Sequential(separable(128, 256, 2), separable(256, 256))})
         self.fpn = nn.ModuleDict({"output1": conv(64, 64, 1), "output2": conv(128, 64, 1),
-                                  "output3": conv(256, 64, 1), "merge1": conv(64, 64), "merge2": conv(64, 64)})
+                                  "output3": conv(256, 64, 1),
+                                  "merge1": conv(64, 64), "merge2": conv(64, 64)})
         self.ssh1, self.ssh2, self.ssh3 = ContextModule(), ContextModule(), ContextModule()
         self.ClassHead, self.BboxHead, self.LandmarkHead = (
             nn.ModuleList(nn.ModuleDict({"conv1x1": nn.Conv2d(64, 2 * width, 1)}) for _ in range(3))
             for width in (2, 4, 10))                                            # two anchors a place
 
     def forward(self, images):
-        """Of uint8 RGB images (B, 3, H, W): scores (B, A), boxes (B, A, 4), landmarks (B, A, 5, 2), pixels."""
+        """Of uint8 RGB images (B, 3, H, W): scores (B, A), boxes (B, A, 4), points (B, A, 5, 2), pixels."""
         B, _, H, W = images.shape
         x = images.flip(1).float() - torch.tensor([104., 117., 123.], device=images.device).view(3, 1, 1)
         one = self.body["stage1"](x)                                            # (B, 64, H/8, W/8)
@@ -513,9 +515,11 @@ class RetinaFace(nn.Module):
         two = self.fpn["merge2"](up(three, self.fpn["output2"](two)))
         one = self.fpn["merge1"](up(two, self.fpn["output1"](one)))
         levels = [self.ssh1(one), self.ssh2(two), self.ssh3(three)]
-        scores, boxes, points = (torch.cat([
-            head["conv1x1"](level).permute(0, 2, 3, 1).reshape(B, -1, width) for head, level in zip(heads, levels)
-        ], 1) for heads, width in ((self.ClassHead, 2), (self.BboxHead, 4), (self.LandmarkHead, 10)))
+        read = lambda heads, width: torch.cat([
+            head["conv1x1"](level).permute(0, 2, 3, 1).reshape(B, -1, width)
+            for head, level in zip(heads, levels)], 1)                          # (B, A, width)
+        scores, boxes = read(self.ClassHead, 2).softmax(2)[..., 1], read(self.BboxHead, 4)
+        points = read(self.LandmarkHead, 10).unflatten(2, (5, 2))
         anchors = []                                                            # centre and side
         for level, step, sides in zip(levels, (8, 16, 32), ((16., 32.), (64., 128.), (256., 512.))):
             y, x = ((torch.arange(count, device=images.device) + 0.5) * step for count in level.shape[2:])
@@ -523,8 +527,8 @@ class RetinaFace(nn.Module):
         y, x, side = torch.cat(anchors).T[..., None]                            # (A, 1) each
         centre = torch.cat([x, y], 1)                                           # (A, 2)
         middle, half = centre + 0.1 * side * boxes[..., :2], side / 2 * (0.2 * boxes[..., 2:]).exp()
-        points = centre[:, None] + 0.1 * side[:, None] * points.unflatten(2, (5, 2))
-        return scores.softmax(2)[..., 1], torch.cat([middle - half, middle + half], 2), points
+        points = centre[:, None] + 0.1 * side[:, None] * points
+        return scores, torch.cat([middle - half, middle + half], 2), points
 
 
 @torch.no_grad()
@@ -545,7 +549,7 @@ def load_detector(path, device):
         state = torch.load(path, map_location="cpu", weights_only=True)
         detector.load_state_dict({name.removeprefix("module."): t for name, t in state.items()})
     except Exception as error:                                          # unpickling fails in many ways
-        fail(f"{path}: expected weights of RetinaFace with MobileNet-0.25, as Pytorch_Retinaface publishes them; "
+        fail(f"{path}: expected weights of RetinaFace with MobileNet-0.25, in Pytorch_Retinaface's layout; "
              f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return detector.to(device).eval().requires_grad_(False)
 
@@ -562,10 +566,10 @@ def replace_file(path, write):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:           # what a full disk makes of each writer
+    except (OSError, RuntimeError, SafetensorError) as error:           # a full disk, as each writer says it
         temporary.unlink(missing_ok=True)
-        fail(f"{path}: cannot be written ({' '.join(str(error).split())[:200]}); nothing is lost, free space or "
-             "choose another --out, and give the same command again")
+        fail(f"{path}: cannot be written ({' '.join(str(error).split())[:200]}); nothing is lost: free space "
+             "or choose another --out, and give the same command again")
 
 
 def claim(folder, wait=True):
@@ -577,7 +581,7 @@ def claim(folder, wait=True):
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return held
     except BlockingIOError:
-        return None if not wait else fail(f"{folder}: another process is at work there; wait, or stop it first")
+        return fail(f"{folder}: another process is at work there; wait, or stop it") if wait else None
     except OSError as error:
         fail(f"{folder}: cannot be written ({error}); choose another --out")
 
@@ -608,18 +612,38 @@ def load_model(folder, stage):
         fail(f"{path}: no such checkpoint; make it with {make}, or name another folder")
     try:
         with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {})["vigface"])
+            meta = {"names": [], "data": [], "val": []} | json.loads((file.metadata() or {})["vigface"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+            if any(Path(name).name != name for name in meta["names"]):          # they become folders
+                raise ValueError("names of people that are paths")
+            if meta["stage"] != stage:
+                fail(f"{path}: expected a '{stage}' checkpoint, found '{meta['stage']}'; name one of {make}")
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         fail(f"{path}: not a VIGFace checkpoint ({type(error).__name__}: {error}); make it again with {make}")
-    if meta["stage"] != stage:
-        fail(f"{path}: expected a '{stage}' checkpoint, found '{meta['stage']}'; name one {make} wrote")
     return tensors, meta
 
 
 def part(tensors, prefix):
     """The state dict of one module: the tensors whose names start with `prefix.`, without it."""
     return {name[len(prefix) + 1:]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def build(module, config, meta, state, path):
+    """A module of a checkpoint, from its config and weights; memory is spent once the shapes agree."""
+    try:
+        cfg = config(**meta["config"])
+        for size in (*getattr(cfg, "units", ()), *asdict(cfg).values()):
+            if not isinstance(size, (list, tuple)) and not 0 <= size <= 4096:
+                raise ValueError(f"a size of {size}")
+        with torch.device("meta"):
+            expected = {name: t.shape for name, t in module(cfg).state_dict().items()}
+        if expected != {name: t.shape for name, t in state.items()}:
+            raise ValueError("the weights are of another network")
+        net = module(cfg)
+        net.load_state_dict(state)
+        return net
+    except Exception as error:                                          # what is in a file can be anything
+        fail(f"{path}: its metadata makes no network ({type(error).__name__}: {error}); train it again")
 
 
 def load_backbone(path, backbone):
@@ -645,11 +669,10 @@ def load_recogniser(path, device, bgr=False):
         load_backbone(path, backbone)
     else:
         tensors, meta = load_model(path, "fr")
-        backbone = Recogniser(FRConfig(**meta["config"]))
-        backbone.load_state_dict(part(tensors, "backbone"))
-        n, k = (len(tensors[f"prototypes.{kind}"]) for kind in ("real", "virtual"))
-        prototypes = Prototypes(n, k, backbone.cfg.dim)
-        prototypes.load_state_dict(part(tensors, "prototypes"))
+        backbone = build(Recogniser, FRConfig, meta, part(tensors, "backbone"), path)
+        n, k = (len(tensors.get(f"prototypes.{kind}", ())) for kind in ("real", "virtual"))
+        prototypes = build(lambda cfg: Prototypes(n, k, cfg.dim), FRConfig, meta, part(tensors, "prototypes"),
+                           path)
     backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return backbone, prototypes.to(device).requires_grad_(False), meta
 
@@ -666,15 +689,14 @@ def resume(path, settings, modules):
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]
+        for key in settings:
+            if (before := state["settings"].get(key)) != settings[key]:
+                fail(f"{path}: this run was started with {key} = {before}, now {settings[key]}; give the "
+                     f"same settings, another --out, or delete {Path(path).parent}")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
     except Exception as error:                                          # a truncated zip fails in many ways
         fail(f"{path}: unreadable resume state ({type(error).__name__}); delete it to start over")
-    for key in settings:
-        if saved.get(key) != settings[key]:
-            fail(f"{path}: this run was started with {key} = {saved.get(key)}, now {settings[key]}; "
-                 f"give the same settings, another --out, or delete {Path(path).parent}")
-    for name, module in modules.items():
-        module.load_state_dict(state[name])
     print(f"continuing {Path(path).parent} at step {state['step']}")
     return state["step"]
 

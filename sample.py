@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -31,14 +32,14 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from data import contact_sheet, pack_record, write_csv, write_landmarks, yaw_of
-from model import (DiT, DiTConfig, autocast, claim, compiled, dpm_solver, embed, fail, guided, load_model,
-                   load_recogniser, part, replace_file, run, to_uint8)
+from model import (DiT, DiTConfig, autocast, build, claim, compiled, dpm_solver, embed, fail, guided,
+                   load_model, load_recogniser, part, replace_file, run, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
 flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (default: %(default)s)")
 flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
-flag("--out", metavar="DIR", help="the dataset's folder (default: runs/virtual; runs/real-aug with --real-to)")
+flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
 flag("--virtual", type=int, default=300, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
 flag("--per-id", type=int, default=8, help="pictures of each (default: %(default)s)")
 flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
@@ -46,9 +47,9 @@ flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)"
 flag("--guidance", type=float, default=2.0, help="classifier-free, 1 for none (default: %(default)s)")
 flag("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("T0", "T1"),
      help="guide only at these times, 0 being the image and 1 noise (default: 0 1)")
-flag("--max-real", type=float, help="highest cosine to a real prototype (default: that of 99 %% of strangers)")
-flag("--min-own", type=float, help="lowest cosine to the own prototype (default: the own must be the nearest, "
-                                   "if it is in a first probe for 80 %% or more)")
+flag("--max-real", type=float, help="highest cosine to a real person (default: that of 99 %% of strangers)")
+flag("--min-own", type=float, help="lowest cosine to the own prototype (default: it must be the nearest, if "
+                                   "it is for 80 %% of a first probe)")
 flag("--no-audit", action="store_true", help="draw without judging (default: judge)")
 flag("--format", choices=["jpg", "rec"], default="jpg", help="folders or records (default: %(default)s)")
 flag("--quality", type=int, default=95, help="of the JPEG, 1 to 100 (default: %(default)s)")
@@ -72,13 +73,10 @@ def choose_poses(by_yaw, people, count, generator):
     by_yaw: faces (M,) sorted by yaw; people: whose face each is (M,). So no virtual identity inherits the
     poses of one real person. (paper: unstated how poses are chosen)
     """
-    chosen, seen = [], set()
+    chosen, seen, M = [], set(), len(by_yaw)
     for u in (torch.arange(count) + torch.rand(count, generator=generator)) / count:
-        rank = int(u * len(by_yaw))
-        for rank in range(rank, rank + len(by_yaw)):                    # on to the next person not taken yet
-            pose = int(by_yaw[rank % len(by_yaw)])
-            if int(people[pose]) not in seen:
-                break
+        near = (int(by_yaw[(int(u * M) + on) % M]) for on in range(M))   # on to a person not taken yet
+        pose = next((pose for pose in near if int(people[pose]) not in seen), int(by_yaw[int(u * M)]))
         seen.add(int(people[pose]))
         chosen.append(pose)
     return chosen
@@ -111,7 +109,7 @@ def stored(parts, every=False, records=False):
 
 def merge_records(out, parts, size):
     """Joins the records of all parts into InsightFace's train.rec, train.idx and property."""
-    people, end = {}, 1                                                 # identity: first key, key after the last
+    people, end = {}, 1                                         # identity: first key, key after its last
     for row in stored(parts, records=True):
         end = row["file"] + 1
         people[row["identity"]] = people.get(row["identity"], (row["file"],))[0], end
@@ -120,33 +118,32 @@ def merge_records(out, parts, size):
             index.write(f"{key}\t{rec.tell()}\n")
             rec.write(record)
         put(0, pack_record(0, (end, end + len(people))))                # says which keys list the people
-        for part_file, rows in itertools.groupby(stored(parts, records=True), lambda row: row["part"]):
-            with open(part_file.with_suffix(".rec"), "rb") as file:
+        for path, rows in itertools.groupby(stored(parts, records=True), lambda row: row["part"]):
+            with open(path.with_suffix(".rec"), "rb") as file:
                 for row in rows:
                     put(row["file"], file.read(int(row["bytes"])))
         for key, keys in enumerate(people.values(), end):
             put(key, pack_record(key, keys))
-    os.replace(out / "train.rec.tmp", out / "train.rec")
-    os.replace(out / "train.idx.tmp", out / "train.idx")
+    for name in ("train.rec", "train.idx"):
+        os.replace(out / f"{name}.tmp", out / name)
     replace_file(out / "property", lambda path: path.write_text(f"{len(people)},{size},{size}\n"))
 
 
 def write_audit(path, parts, rules):
-    """Writes audit.json, each rejected picture as it passes by; returns the counts and means in it."""
-    counts, sums = Counter(), Counter()
+    """Writes audit.json, each rejected picture as it comes by; returns the rest: rules, counts, means."""
+    counts, sums = Counter(accepted=0, leak=0, identity=0, left_out=0), Counter(cos_own=0, cos_nearest_real=0)
     with open(f"{path}.tmp", "w") as file:
         file.write('{"rejected_pictures": [')
         for row in stored(parts, every=True):
             if row["verdict"] == "accepted":
-                sums.update({key: float(row[key]) for key in ("cos_own", "cos_nearest_real")})
+                sums.update({key: float(row[key]) for key in sums})
             else:
+                file.write(",\n" * (counts["leak"] + counts["identity"] > 0) + json.dumps(
+                    {key: row[key] for key in ("identity", "index", "attempt", "verdict", *COLUMNS[-3:])}))
                 counts["left_out"] += int(row["attempt"]) == ATTEMPTS - 1
-                rejected = {key: row[key] for key in ("identity", "index", "attempt", "verdict", *COLUMNS[-3:])}
-                file.write(",\n" * bool(counts["leak"] + counts["identity"]) + json.dumps(rejected))
             counts[row["verdict"]] += 1
-        summary = {"drawn": sum(counts[verdict] for verdict in ("accepted", "leak", "identity")),
-                   **{name: counts[name] for name in ("accepted", "leak", "identity", "left_out")},
-                   **{f"mean_{key}": value / max(1, counts["accepted"]) for key, value in sums.items()}, **rules}
+        summary = rules | counts | {"drawn": counts.total() - counts["left_out"]} | {
+            f"mean_{key}": value / max(1, counts["accepted"]) for key, value in sums.items()}
         file.write("],\n" + json.dumps(summary, indent=1)[1:])
     os.replace(f"{path}.tmp", path)
     return summary
@@ -155,43 +152,31 @@ def write_audit(path, parts, rules):
 CARD = """# {accepted} pictures of {people} {kind} people
 
 Drawn by VIGFace, {size} x {size} pixels: a Diffusion Transformer draws the person that a prototype of a face
-recogniser stands for, in poses taken from its training set. Virtual prototypes stand for people who do not exist.
+recogniser stands for, in poses of its training set. Virtual prototypes stand for people who do not exist.
 
-| | |
-|---|---|
-| made by | `{command}` |
-| recogniser | `{fr}`, sha256 {fr_sha256} |
-| DiT | `{dit}`, sha256 {dit_sha256} |
-| drawn, accepted | {drawn}, {accepted} |
-| too near a real person, not who it should be | {leak}, {identity} (the second rule was {identity_rule}) |
-| left out after {attempts} attempts | {left_out} |
-| line for "too near" | cosine {max_real} to a real prototype |
-
-**Intended use.** Training and testing face recognisers with fewer pictures of real people, or none.
-
-**Limits.** The pictures were audited against the real prototypes of the recogniser named, by that recogniser: this is
-evidence, and no proof, that nobody real is recognisable. Let another recogniser judge the set against the real
-images before you publish it: `python evaluate.py --audit-fr OTHER --strict`. Virtual people have the biases of the
-training set.
-
-**Files.** `manifest.csv` has a row for each picture: the seed, the training face whose pose it has, its cosine to
-its own prototype and to the nearest real one, its quality score. `landmarks.csv`: its five landmarks, in pixels.
-`audit.json`: counts, rules and every rejected picture. `run.json`: all settings.
+- Made by `{command}` from DiT `{dit}` (sha256 {dit_sha256})
+  and recogniser `{fr}` (sha256 {fr_sha256}).
+- Audit: {drawn} drawn, {accepted} accepted; {leak} rejected as nearer than cosine {max_real:.3f} to a real
+  prototype, {identity} as somebody else (rule {identity_rule}); {left_out} left out.
+- Intended use: training and testing face recognisers with fewer pictures of real people, or none.
+- Limits: the audit asked the recogniser above about its own prototypes. That is evidence, no proof, that
+  nobody real is recognisable. Before you publish the set let another recogniser compare it with the real
+  images: `python evaluate.py --audit-fr OTHER --strict`. Virtual people have the biases of the training set.
+- Files: `manifest.csv` (a row for each picture: seed, whose pose, cosine to its own prototype and to the
+  nearest real one, quality), `landmarks.csv` (pixels), `audit.json` (every rejected picture), `run.json`.
 """
 
 
 def main():
     args = parser.parse_args()
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(gpu if torch.cuda.is_available() else "cpu")
     tensors, meta = load_model(args.dit, "dit")
     args.fr = args.fr or meta["fr"]
     args.out = args.out or ("runs/real-aug" if args.real_to else "runs/virtual")
     batch = args.batch = args.batch or (256 if device.type == "cuda" else 64)
-    dit = DiT(DiTConfig(**meta["config"]))
-    dit.load_state_dict(part(tensors, "dit"))
-    dit.to(device).eval().requires_grad_(False)
+    dit = build(DiT, DiTConfig, meta, part(tensors, "dit"), args.dit).to(device).eval().requires_grad_(False)
     backbone, prototypes, fr = load_recogniser(args.fr, device)
     n, k, W, S = len(prototypes.real), len(prototypes.virtual), prototypes.unit(), dit.cfg.size
     landmarks, owners = tensors["poses.landmarks"], tensors["poses.rows"]
@@ -225,15 +210,13 @@ def main():
     out = Path(args.out)
     parts = [out / "parts" / f"{number:06d}.csv" for number in range(len(chunks))]
 
-    settings = vars(args) | {f"{stage}_sha256": hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()
-                                                               ).hexdigest()
-                             for stage, folder in (("dit", args.dit), ("fr", args.fr))}
-    del settings["out"]
+    digest = lambda folder: hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+    settings = vars(args) | {"out": "", "dit_sha256": digest(args.dit), "fr_sha256": digest(args.fr)}
     if (out / "run.json").is_file():
         for key, value in json.loads((out / "run.json").read_text()).items():
             if settings.get(key) != value:
-                fail(f"{out / 'run.json'}: this set was started with {key} = {value}, now {settings.get(key)}; "
-                     "give the same settings or another --out")
+                fail(f"{out}: this set was started with {key} = {value}, now {settings.get(key)}; give the "
+                     "same settings or another --out")
     elif out.is_dir() and any(out.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
     if (out / "manifest.csv").is_file():
@@ -241,10 +224,12 @@ def main():
         print(f"{out / 'manifest.csv'}: already complete")
         return
     replace_file(out / "run.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
-    held = claim(out / "parts" / f"rank-{rank}")                        # until this process ends
+    claim(out / "parts" / f"rank-{rank}")
 
     fast, by_yaw = compiled(dit, device, 2 * sum(wanted.values()) * args.steps), yaw_of(landmarks).argsort()
     poses_of = lambda row: choose_poses(by_yaw, owners, wanted[row], seeded(args.seed, name_of(row)))
+
+    pieces = lambda jobs: [jobs[start:start + batch] for start in range(0, len(jobs), batch)]
 
     @torch.no_grad()
     def draw(jobs):
@@ -252,7 +237,7 @@ def main():
         rows, _, _, poses = map(list, zip(*jobs))
         noise = torch.stack([torch.randn(3, S, S, generator=seeded(args.seed, name_of(row), index, attempt))
                              for row, index, attempt, _ in jobs])
-        padding = [-1] * (batch - len(jobs)) if fast is not dit else []          # one shape, so one compilation
+        padding = [-1] * (batch - len(jobs)) if fast is not dit else []      # one shape, so one compilation
         w, pose, noise = (torch.cat([x, x[padding]]).to(device) for x in (W[rows], landmarks[poses], noise))
         with autocast(device):
             images = dpm_solver(guided(fast, w, pose, args.guidance, args.interval), noise, args.steps)
@@ -264,7 +249,8 @@ def main():
         rows = torch.tensor([row for row, *_ in jobs], device=device)
         own, real, near, astray = judged(F.normalize(f), W, n, rows, max_real)
         astray = astray if args.min_own is None else own < args.min_own
-        return torch.stack([own, real, prototypes.quality(f)[:, 0]], 1).tolist(), near.tolist(), astray.tolist()
+        scores = torch.stack([own, real, prototypes.quality(f)[:, 0]], 1)
+        return scores.tolist(), near.tolist(), astray.tolist()
 
     def save(name, image):
         """The picture's JPEG: as a file, or returned for a record."""
@@ -275,7 +261,7 @@ def main():
 
     max_real = fr["strangers"] if args.max_real is None else args.max_real
     probe = [(row, 0, 0, poses_of(row)[0]) for row in list(wanted)[::-(-len(wanted) // 64)]]
-    probed = [audit(draw(jobs), jobs)[2] for jobs in (probe[i:i + batch] for i in range(0, len(probe), batch))]
+    probed = [audit(draw(jobs), jobs)[2] for jobs in pieces(probe)]
     own_nearest = 1 - sum(sum(probed, [])) / len(probe)
     strict = args.min_own is not None or own_nearest >= 0.8             # the identity rule is enforced
     todo = [number for number in range(rank, len(chunks), world) if not parts[number].is_file()]
@@ -286,7 +272,7 @@ def main():
             rows, writing = [], []
             while queue:
                 jobs, queue = queue[:batch], queue[batch:]
-                images, unjudged = draw(jobs), ([[float("nan")] * 3] * batch, [False] * batch, [False] * batch)
+                images, unjudged = draw(jobs), ([[math.nan] * 3] * batch, [False] * batch, [False] * batch)
                 scores, near, astray = unjudged if args.no_audit else audit(images, jobs)
                 for _, written in writing[-2 * batch:-batch]:
                     written.result()                                    # the batch before the last is on disk
@@ -319,7 +305,7 @@ def main():
         "audit": not args.no_audit, "max_real": max_real, "min_own": args.min_own,
         "identity_rule": "enforced" if strict else "reported", "own_nearest_in_probe": own_nearest})
     if not summary["accepted"]:
-        fail(f"{out}: every picture was rejected, see audit.json; train longer, or set --max-real or --min-own")
+        fail(f"{out}: every picture was rejected, see audit.json; train longer, or set --max-real, --min-own")
     if records:
         merge_records(out, parts, S)
     write_landmarks(out / "landmarks.csv", ((row["file"], S * landmarks[int(row["landmarks_from"])])
@@ -331,15 +317,15 @@ def main():
         (row_of[row["identity"]], int(row["index"]), int(row["attempt"]), int(row["landmarks_from"]))
         for row in line]).cpu(), [row["cos_own"][:-2] for row in line])) for line in lines])
     replace_file(out / "README.md", lambda path: path.write_text(CARD.format(
-        attempts=ATTEMPTS, **settings | summary, people=len(wanted), size=S, kind="real" if args.real_to else "virtual",
-        command=shlex.join(["python", *sys.argv]))))
+        **settings | summary, people=len(wanted), size=S,
+        kind="real" if args.real_to else "virtual", command=shlex.join(["python", *sys.argv]))))
     write_csv(out / "manifest.csv", COLUMNS, ([row[key] for key in COLUMNS]
                                               for row in stored(parts, records=records)))
     shutil.rmtree(out / "parts")
     print(f"{summary['accepted']} images of {len(wanted)} people in {out}; mean cosine to the own prototype "
           f"{summary['mean_cos_own']:.3f}, to the nearest real one {summary['mean_cos_nearest_real']:.3f}; "
-          f"rejected {summary['leak']} as too near a real person, {summary['identity']} as not who they should "
-          f"be; {summary['left_out']} left out")
+          f"rejected {summary['leak']} as too near a real person, {summary['identity']} as somebody else; "
+          f"{summary['left_out']} left out")
     if summary["accepted"] < summary["drawn"] / 2:
         print(f"WARNING: over half of what was drawn was rejected; the DiT does not know these people, see "
               f"{out / 'audit.json'}", file=sys.stderr)

@@ -8,10 +8,13 @@ import json
 import math
 import os
 import pickle
+import resource
+import signal
 import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 
 import data
@@ -1118,6 +1122,80 @@ def test_killed_training_continues_to_the_same_weights(pipeline, tmp_path, stage
     assert "continuing" in script(*arguments, "--out", tmp_path / "cut", cwd=cwd)
     whole, cut = (model.load_model(tmp_path / name, stage)[0] for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_an_interrupted_run_says_one_line_and_continues(pipeline, tmp_path):
+    """And while it runs nobody else may run there."""
+    line = [HERE / "fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 1500, "--out", tmp_path / "out"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, *map(str, line)], cwd=pipeline[0], env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "out/state.pt").exists():
+        time.sleep(0.05)
+    assert "another process" in script(*line, cwd=pipeline[0], code=2)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1].replace("\r", "\n")
+    assert process.returncode == 130 and "Traceback" not in error
+    assert [line for line in error.splitlines() if line.startswith("interrupted")]
+    step = torch.load(tmp_path / "out/state.pt")["step"]
+    assert step > 0 and model.load_model(tmp_path / "out", "fr")[1]["step"] <= step
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_checkpoint_cut_short_is_refused(pipeline, tmp_path, capsys, tenth):
+    net = torch.nn.Linear(2, 2)
+    for name, read in (("fr/model.safetensors", lambda path: model.load_recogniser(path.parent, CPU)),
+                       ("fr/state.pt", lambda path: model.resume(path, {}, {"backbone": net}))):
+        content = (pipeline[0] / "runs" / name).read_bytes()
+        path = tmp_path / Path(name).name
+        path.write_bytes(content[:len(content) * tenth // 10])
+        with pytest.raises(SystemExit) as stop:
+            read(path)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_costs_nothing_that_was_there(tmp_path, capsys):
+    (tmp_path / "x").write_text("before")
+
+    def half(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit) as stop:
+        model.replace_file(tmp_path / "x", half)
+    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert (tmp_path / "x").read_text() == "before" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("metadata", [
+    {"config": {"size": 10 ** 12}}, {"config": {"size": 32, "dim": 64, "width": 4096, "units": [9] * 4}},
+    {"config": {"units": [-1]}}, {"config": []}, {"names": ["../../outside"]}, {"names": 3}, {"stage": None}])
+def test_absurd_metadata_of_a_checkpoint_is_refused(pipeline, tmp_path, capsys, metadata):
+    tensors, meta = model.load_model(pipeline[0] / "runs/fr", "fr")
+    (tmp_path / "m").mkdir()
+    save_file(tensors, tmp_path / "m/model.safetensors", {"vigface": json.dumps(meta | metadata)})
+    with pytest.raises(SystemExit) as stop:
+        model.load_recogniser(tmp_path / "m", CPU)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [
+    b"\x80\x02cnumpy\nndarray\n(I4294967296\ntR.", b"\x80\x02]r\xff\xff\xff\xff.",
+    b"\x80\x04\x8e\xff\xff\xff\xff\xff\x00\x00\x00abc.", b"(" * 100_000 + b"."],
+    ids=["array of any size", "memo far out", "absurd length", "deep"])
+def test_a_pickle_cannot_ask_for_memory(tmp_path, capsys, content):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(SystemExit):
+        data.read_benchmark(tmp_path / "x.bin", 8)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2 ** 20     # KiB
+
+
+def test_an_image_that_promises_too_much_is_not_decoded(tmp_path):
+    folder(tmp_path, 60, 2)
+    bomb = bytearray(png())
+    bomb[16:24] = struct.pack(">II", 30_000, 30_000)
+    (tmp_path / "person 7/1.png").write_bytes(bomb)
+    faces = data.Faces([tmp_path])
+    assert len(faces) == 119
 
 
 def bad_input(case, root):
