@@ -19,6 +19,7 @@ import pickle
 import shutil
 import struct
 import sys
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from model import claim, detect_faces, fail, load_detector, replace_file, run, to_uint8
+from model import claim, detect_faces, fail, load_detector, replace_file, run, to_float, to_uint8
 
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -532,9 +533,13 @@ class Faces(Dataset):
             yield images, i
 
 
-def batches(faces, batch, seed, first, last):
-    """Yields the batches of steps first ... last - 1; the order of images follows from (seed, step) alone."""
-    per_epoch = len(faces) // batch                                     # drop_last
+def batches(faces, batch, seed, first, last, device, name):
+    """Yields step, images in [-1, 1], labels, landmarks on `device`, and the seconds waited for data so far.
+
+    All chance in a step, the order of images and what comes after, follows from (seed, step): a resumed run
+    repeats itself.
+    """
+    per_epoch, waited, asked = len(faces) // batch, 0, time.time()              # drop_last
 
     def order():
         for step in range(first, last):
@@ -543,9 +548,13 @@ def batches(faces, batch, seed, first, last):
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
                 shuffled = torch.randperm(len(faces), generator=generator).tolist()
             yield shuffled[position * batch:(position + 1) * batch]
-
-    for images, i in faces.loader(order()):
-        yield images, faces.labels[i], faces.landmarks[i]
+    progress = tqdm(faces.loader(order()), name, initial=first, total=last, mininterval=1, leave=False)
+    for step, (images, i) in enumerate(progress, first):
+        waited += time.time() - asked
+        torch.manual_seed(seed * 1_000_003 + step)
+        x = to_float(images.to(device, non_blocking=True))
+        yield step, x, faces.labels[i].to(device), faces.landmarks[i].to(device), waited
+        asked = time.time()
 
 
 # ------------------------------------------------- landmarks and alignment: photographs to training crops

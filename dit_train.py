@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import Faces, batches, complete_landmarks
 from model import (DIT_SIZES, DiT, DiTConfig, autocast, claim, compiled, dit_loss, dpm_solver, embed, fail,
                    guided, load_recogniser, replace_file, resume, run, save_model, save_state,
-                   stop_unless_finite, to_float, to_uint8)
+                   stop_unless_finite, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -101,17 +101,13 @@ def main():
         own = (embed(backbone, images) * preview_w).sum(1)
         return own[:rows * columns].mean().item(), own[rows * columns:].mean().item()
 
-    rows_of = torch.tensor([row_of[name] for name in faces.names])      # of W, for each label of the data
+    rows_of = torch.tensor([row_of[name] for name in faces.names], device=device)       # of W, for each label
     losses, logged, since = torch.zeros(2, device=device), first, time.time()
-    loader = batches(faces, batch, args.seed, first, steps)
-    progress = tqdm(loader, out.name, initial=first, total=steps, mininterval=1, leave=False)
-    for step, (images, labels, landmarks) in enumerate(progress, first):
-        torch.manual_seed(args.seed * 1_000_003 + step)          # so that a resumed run repeats itself
+    for step, x, labels, landmarks, _ in batches(faces, batch, args.seed, first, steps, device, out.name):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        x, w = to_float(images.to(device, non_blocking=True)), W[rows_of[labels].to(device)]
         with autocast(device):
-            v_loss, identity_loss = dit_loss(fast, fast_backbone, x, w, landmarks.to(device))
+            v_loss, identity_loss = dit_loss(fast, fast_backbone, x, W[rows_of[labels]], landmarks)
         (v_loss + args.identity_weight * identity_loss).backward()
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
@@ -125,7 +121,7 @@ def main():
             real, virtual = preview(step + 1)
             save_state(out / "state.pt", settings, step + 1, modules)
             tensors = {f"dit.{name}": t for name, t in average.module.state_dict().items()}
-            tensors |= {"poses.landmarks": faces.landmarks, "poses.rows": rows_of[faces.labels]}
+            tensors |= {"poses.landmarks": faces.landmarks, "poses.rows": rows_of.cpu()[faces.labels]}
             save_model(out, "dit", cfg, tensors, fr=args.fr, data=data, step=step + 1, steps=steps)
             tqdm.write(f"step {step + 1:6d}/{steps}  loss v {v_mean:.4f} identity {identity_mean:.4f}  "
                        f"own cosine real {real:.3f} virtual {virtual:.3f}  {speed:5.0f} img/s")

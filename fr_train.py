@@ -21,7 +21,7 @@ from data import Faces, batches, benchmarks
 from evaluate import embed_faces, nearest, pair_distances, verification
 from model import (FR_ARCHS, FRConfig, Prototypes, Recogniser, autocast, claim, compiled, embed, fail,
                    forward_flops, load_backbone, peak_flops, resume, run, save_model, save_state,
-                   stop_unless_finite, to_float, vigface_loss, virtual_batch_size)
+                   stop_unless_finite, vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -121,23 +121,17 @@ def main():
                    names=list(faces.names), colour="RGB", step=step, steps=steps, **known)
 
     every = per_epoch * -(-100 // per_epoch)           # log and save at whole epochs, 100 steps apart
-    losses, logged, since, checked, waited = torch.zeros(3, device=device), first, time.time(), time.time(), 0
-    loader = batches(faces, batch, args.seed, first, steps)
-    progress = tqdm(loader, out.name, initial=first, total=steps, mininterval=1, leave=False)
-    asked = time.time()
-    for step, (images, labels, _) in enumerate(progress, first):
-        waited += time.time() - asked
-        torch.manual_seed(args.seed * 1_000_003 + step)          # so that a resumed run repeats itself
+    losses, logged, since, checked, before = torch.zeros(3, device=device), first, time.time(), time.time(), 0
+    for step, x, labels, _, waited in batches(faces, batch, args.seed, first, steps, device, out.name):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, per_epoch, peak)
-        x = to_float(images.to(device, non_blocking=True))
         x = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x, x.flip(3))
         if args.augment:
             x = augment(x)
         with autocast(device):
             f = fast(x)
         b_virtual = virtual_batch_size(step, k, batch, n)
-        parts = vigface_loss(f, labels.to(device), prototypes, b_virtual, args.head)  # real, virtual, quality
+        parts = vigface_loss(f, labels, prototypes, b_virtual, args.head)       # real, virtual, quality
         sum(parts).backward()
         torch.nn.utils.clip_grad_norm_(trained, 5)
         optimizer.step()
@@ -151,7 +145,7 @@ def main():
             speed, left = batch * count / seconds, (steps - step - 1) * seconds / count / 60
             line = (f"epoch {(step + 1) // per_epoch:3d}/{epochs}  loss real {real:6.3f} virtual "
                     f"{virtual:6.3f} quality {quality:.3f}  lr {rate:.4f}  {speed:5.0f} img/s  "
-                    f"{speed * share:4.0%} of peak  data wait {waited / seconds:4.1%}  {left:5.1f} min left")
+                    f"{speed * share:4.0%} of peak  data wait {(waited - before) / seconds:4.1%}  {left:5.1f} min left")
             save_state(out / "state.pt", settings, step + 1, modules)
             save(step + 1)
             if step + 1 == steps or time.time() - checked > 60:
@@ -164,8 +158,7 @@ def main():
                 checked = time.time()
             tqdm.write(line)
             losses.zero_()
-            logged, since, waited = step + 1, time.time(), 0
-        asked = time.time()
+            logged, since, before = step + 1, time.time(), waited
 
     backbone.eval()
     for path, (pictures, _) in tests.items():

@@ -517,23 +517,28 @@ def test_a_corrupt_image_among_many_is_skipped_named_and_counted(tmp_path, capsy
     assert len(faces) == len(faces.labels) == len(faces.landmarks) == 119
     assert "person 1/7.png" in capsys.readouterr().err
     lazy = data.Faces([tmp_path / "a"], memory=0)                              # found out only while training
-    seen = [(images, labels) for images, labels, _ in data.batches(lazy, 40, 0, 0, 3)]
+    seen = drawn_batches(lazy, 40, 0, 3)
     assert "person 1/7.png" in capsys.readouterr().err and len(lazy.bad) == 1
-    assert all(images.shape == (40, 3, 32, 32) and images.flatten(1).any(1).all() for images, _ in seen)
+    assert all(x.shape == (40, 3, 32, 32) and (x > -1).flatten(1).any(1).all() for x, _ in seen)
     (tmp_path / "a/person 0/9.png").write_bytes(b"broken")                      # two of 120 are too many
     for memory in (0, 3e9):
         with pytest.raises(SystemExit):
-            list(data.batches(data.Faces([tmp_path / "a"], memory=memory), 40, 0, 0, 3))
+            drawn_batches(data.Faces([tmp_path / "a"], memory=memory), 40, 0, 3)
         assert capsys.readouterr().err.count("error:") == 1
+
+
+def drawn_batches(faces, batch, first, last):
+    """Images and labels of all batches of steps first to last - 1."""
+    return [(x, labels) for _, x, labels, _, _ in data.batches(faces, batch, 0, first, last, CPU, "test")]
 
 
 def test_batches_are_a_function_of_the_step(tmp_path):
     folder(tmp_path / "a", 5, 2)
     faces = data.Faces([tmp_path / "a"])
-    whole = [labels.tolist() for _, labels, _ in data.batches(faces, 3, 0, 0, 9)]
-    assert whole[4:] == [labels.tolist() for _, labels, _ in data.batches(faces, 3, 0, 4, 9)]
+    whole = [labels.tolist() for _, labels in drawn_batches(faces, 3, 0, 9)]
+    assert whole[4:] == [labels.tolist() for _, labels in drawn_batches(faces, 3, 4, 9)]
     assert len(whole) == 9 and whole[:3] != whole[3:6]
-    epoch = torch.cat([images for images, _, _ in data.batches(faces, 3, 0, 0, 3)])
+    epoch = torch.cat([x for x, _ in drawn_batches(faces, 3, 0, 3)])
     assert len({image.numpy().tobytes() for image in epoch}) == 9               # no image twice
     assert sorted(sum(whole[:3], []))[0] == 0 and len(sum(whole[:3], [])) == 9  # one epoch
 

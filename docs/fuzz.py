@@ -160,7 +160,7 @@ def safetensors():
     if rng.random() < 0.5:
         folder = write("m/model.safetensors", damage(checkpoint)).parent
     else:                                                   # sound tensors, absurd metadata
-        meta = {"stage": "fr", "config": dict(tiny), "data": ["x"], "val": [], "names": list("abc"), "step": 1}
+        meta = {"stage": "fr", "config": dict(tiny), "data": ["x"], "val": [], "names": list("abc")}
         wrong = rng.choice([*ABSURD, "a", None, [], {}, -3.5, ["../x"], [1, 2], float("nan"), True])
         where = rng.choice([meta, meta["config"]])
         where[rng.choice([*where, "new"])] = wrong
