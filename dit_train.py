@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from data import Faces, batches, complete_landmarks
 from model import (DIT_SIZES, DiT, DiTConfig, autocast, claim, compiled, dit_loss, dpm_solver, embed, fail,
-                   guided, load_recogniser, replace_file, resume, run, save_model, save_state,
-                   stop_unless_finite, to_uint8)
+                   forward_flops, guided, load_recogniser, peak_flops, replace_file, resume, run, save_model,
+                   save_state, stop_unless_finite, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -71,6 +71,10 @@ def main():
     fast, fast_backbone = (compiled(module, device, steps * batch) for module in (dit, backbone))
     optimizer = torch.optim.AdamW(dit.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
+    zeros = lambda *shape: torch.zeros(1, *shape, device=device)
+    one = zeros(3, cfg.size, cfg.size)                                  # of an image: the DiT's pass, and its
+    flops = 3 * forward_flops(dit, one, zeros(), zeros(cfg.dim), zeros(5, 2))  # two backwards; the
+    share = (flops + 2 * forward_flops(backbone, one)) / peak_flops(device)            # frozen one's only one
     settings = {**vars(args), "data": data, "fr_step": fr["step"], "images": len(faces)}
     del settings["out"], settings["preview"]
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
@@ -119,12 +123,13 @@ def main():
             v_mean, identity_mean = stop_unless_finite((losses / (step + 1 - logged)).tolist(), step + 1, out)
             speed = batch * (step + 1 - logged) / (time.time() - since)
             real, virtual = preview(step + 1)
-            save_state(out / "state.pt", settings, step + 1, modules)
             tensors = {f"dit.{name}": t for name, t in average.module.state_dict().items()}
             tensors |= {"poses.landmarks": faces.landmarks, "poses.rows": rows_of.cpu()[faces.labels]}
             save_model(out, "dit", cfg, tensors, fr=args.fr, data=data, step=step + 1, steps=steps)
+            save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
             tqdm.write(f"step {step + 1:6d}/{steps}  loss v {v_mean:.4f} identity {identity_mean:.4f}  "
-                       f"own cosine real {real:.3f} virtual {virtual:.3f}  {speed:5.0f} img/s")
+                       f"own cosine real {real:.3f} virtual {virtual:.3f}  {speed:5.0f} img/s "
+                       f"{speed * share:4.0%} of peak")
             losses.zero_()
             logged, since = step + 1, time.time()
     print(f"wrote {out / 'model.safetensors'}")

@@ -145,9 +145,10 @@ def main():
             speed, left = batch * count / seconds, (steps - step - 1) * seconds / count / 60
             line = (f"epoch {(step + 1) // per_epoch:3d}/{epochs}  loss real {real:6.3f} virtual "
                     f"{virtual:6.3f} quality {quality:.3f}  lr {rate:.4f}  {speed:5.0f} img/s  "
-                    f"{speed * share:4.0%} of peak  data wait {(waited - before) / seconds:4.1%}  {left:5.1f} min left")
+                    f"{speed * share:4.0%} of peak  data wait {(waited - before) / seconds:4.1%}  "
+                    f"{left:5.1f} min left")
+            save(step + 1)                              # first: never older than the state one continues from
             save_state(out / "state.pt", settings, step + 1, modules)
-            save(step + 1)
             if step + 1 == steps or time.time() - checked > 60:
                 backbone.eval()
                 scores = [verification(pair_distances(backbone, images), same)["accuracy"]

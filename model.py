@@ -559,7 +559,7 @@ def load_detector(path, device):
 
 def replace_file(path, write):
     """Lets `write(temporary path)` make a file, flushes and renames it to `path`: nobody reads half."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.environ.get('RANK', 0)}.tmp")     # ranks may share it
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -44,7 +44,7 @@ flag("--virtual", type=int, default=300, metavar="K", help="identities, 0 to K-1
 flag("--per-id", type=int, default=8, help="pictures of each (default: %(default)s)")
 flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
-flag("--guidance", type=float, default=2.0, help="classifier-free, 1 for none (default: %(default)s)")
+flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
 flag("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("T0", "T1"),
      help="guide only at these times, 0 being the image and 1 noise (default: 0 1)")
 flag("--max-real", type=float, help="highest cosine to a real person (default: that of 99 %% of strangers)")
@@ -217,7 +217,7 @@ def main():
             if settings.get(key) != value:
                 fail(f"{out}: this set was started with {key} = {value}, now {settings.get(key)}; give the "
                      "same settings or another --out")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(not entry.name.startswith(("run.json", "parts")) for entry in out.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
     if (out / "manifest.csv").is_file():
         shutil.rmtree(out / "parts", ignore_errors=True)
@@ -228,8 +228,6 @@ def main():
 
     fast, by_yaw = compiled(dit, device, 2 * sum(wanted.values()) * args.steps), yaw_of(landmarks).argsort()
     poses_of = lambda row: choose_poses(by_yaw, owners, wanted[row], seeded(args.seed, name_of(row)))
-
-    pieces = lambda jobs: [jobs[start:start + batch] for start in range(0, len(jobs), batch)]
 
     @torch.no_grad()
     def draw(jobs):
@@ -261,8 +259,8 @@ def main():
 
     max_real = fr["strangers"] if args.max_real is None else args.max_real
     probe = [(row, 0, 0, poses_of(row)[0]) for row in list(wanted)[::-(-len(wanted) // 64)]]
-    probed = [audit(draw(jobs), jobs)[2] for jobs in pieces(probe)]
-    own_nearest = 1 - sum(sum(probed, [])) / len(probe)
+    probes = [probe[at:at + batch] for at in range(0, len(probe), batch)]
+    own_nearest = 1 - sum(sum(audit(draw(jobs), jobs)[2]) for jobs in probes) / len(probe)
     strict = args.min_own is not None or own_nearest >= 0.8             # the identity rule is enforced
     todo = [number for number in range(rank, len(chunks), world) if not parts[number].is_file()]
     total = sum(wanted[row] for number in todo for row in chunks[number])
@@ -274,8 +272,8 @@ def main():
                 jobs, queue = queue[:batch], queue[batch:]
                 images, unjudged = draw(jobs), ([[math.nan] * 3] * batch, [False] * batch, [False] * batch)
                 scores, near, astray = unjudged if args.no_audit else audit(images, jobs)
-                for _, written in writing[-2 * batch:-batch]:
-                    written.result()                                    # the batch before the last is on disk
+                for _, written in writing[:-batch]:             # encoding lags a batch behind, no more
+                    written.result()
                 for job, image, score, leaks, strays in zip(jobs, images.cpu(), scores, near, astray):
                     (row, i, attempt, pose), name = job, name_of(job[0])
                     verdict = "leak" if leaks else "identity" if strays and strict else "accepted"
@@ -310,18 +308,22 @@ def main():
         merge_records(out, parts, S)
     write_landmarks(out / "landmarks.csv", ((row["file"], S * landmarks[int(row["landmarks_from"])])
                                             for row in stored(parts, records=records)))
-    lines = itertools.groupby(stored(parts), lambda row: row["identity"])
-    lines = [list(line)[::-(-args.per_id // 8)] for _, line in itertools.islice(lines, 8)]
-    row_of = {name_of(row): row for row in wanted}
-    contact_sheet(out / "grid.jpg", [list(zip(draw([
-        (row_of[row["identity"]], int(row["index"]), int(row["attempt"]), int(row["landmarks_from"]))
-        for row in line]).cpu(), [row["cos_own"][:-2] for row in line])) for line in lines])
+    grid, row_of = [], {name_of(row): row for row in wanted}
+    for name, line in itertools.islice(itertools.groupby(stored(parts), lambda row: row["identity"]), 8):
+        line = list(line)
+        line = line[::-(-len(line) // 8)]
+        images = draw([(row_of[name], *(int(row[key]) for key in ("index", "attempt", "landmarks_from")))
+                       for row in line]).cpu()
+        grid.append([(image, row["cos_own"][:-2]) for image, row in zip(images, line)])
+    contact_sheet(out / "grid.jpg", grid)
     replace_file(out / "README.md", lambda path: path.write_text(CARD.format(
         **settings | summary, people=len(wanted), size=S,
         kind="real" if args.real_to else "virtual", command=shlex.join(["python", *sys.argv]))))
     write_csv(out / "manifest.csv", COLUMNS, ([row[key] for key in COLUMNS]
                                               for row in stored(parts, records=records)))
     shutil.rmtree(out / "parts")
+    for stray in out.rglob("*.tmp"):                                    # of a process that was killed
+        stray.unlink()
     print(f"{summary['accepted']} images of {len(wanted)} people in {out}; mean cosine to the own prototype "
           f"{summary['mean_cos_own']:.3f}, to the nearest real one {summary['mean_cos_nearest_real']:.3f}; "
           f"rejected {summary['leak']} as too near a real person, {summary['identity']} as somebody else; "
