@@ -51,12 +51,12 @@ with tempfile.TemporaryDirectory() as scratch:
         for steps, guidance in ((8, 1), (10, 1), (12, 1), (20, 1), (50, 1), (10, 1.5), (10, 2), (10, 4)):
             out = f"{scratch}/{steps}-{guidance}"
             script(f"sample.py --steps {steps} --guidance {guidance} --out {out}")
-            said, _ = script(f"fr_train.py --data {out} --virtual 0 --val runs/demo/heldout.bin --out {out}-f")
+            said, _ = script(f"fr_train.py --data {out} --virtual 0 --val runs/demo/heldout.bin --out {out}f")
             accuracy = [line.split()[5].strip(",") for line in said.splitlines() if "mean accuracy" in line]
             script(f"evaluate.py --fr runs/fr --datasets {out} --out {out}-report")
             row = json.loads(Path(f"{out}-report/report.json").read_text())["datasets"][out]
             own = json.loads(Path(f"{out}/audit.json").read_text())["mean_cos_own"]
-            print(f"steps {steps:2d} guidance {guidance:3}  virtual-only {accuracy[0]}  own cosine {own:.3f}  "
+            print(f"steps {steps:2d} guidance {guidance:3} virtual-only {accuracy[0]}  own cosine {own:.3f}  "
                   f"consistency {row['consistency']:.3f}  separability {row['separability']:.3f}  "
                   f"own nearest {row['own_top1']:.1%}  {row['leakage']['verdict']}", flush=True)
     else:
