@@ -306,13 +306,13 @@ def table(header, *rows):
 
 def verify(recognisers, paths, folder, out):
     """Verification of each recogniser on each benchmark: rows for report.json, Markdown for report.md."""
-    rows, loaded, field = {}, {}, list(FIELD)
+    rows, field = {}, list(FIELD)
     paths = sorted(paths, key=lambda path: (field + [path.stem]).index(path.stem))
+    sizes = {backbone.cfg.size for backbone, _, _ in recognisers.values()}
+    loaded = {(path, size): read_benchmark(path, size, folder) for path in paths for size in sizes}
     for name, (backbone, _, _) in recognisers.items():
         scores, size = {}, backbone.cfg.size
         for path in paths:
-            if (path, size) not in loaded:
-                loaded[path, size] = read_benchmark(path, size, folder)
             images, same = loaded[path, size]
             distance = pair_distances(backbone, images)
             scores[path.stem] = verification(distance, same)
@@ -355,7 +355,6 @@ def main():
         datasets = ["runs/virtual"] if sources and Path("runs/virtual/manifest.csv").is_file() else []
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
-    out.mkdir(parents=True, exist_ok=True)
     paths = [Path(path) for path in args.pairs or meta["val"]]
     models, text = verify(recognisers, paths, args.images, out)
     report, close, verdicts = {"judge": folders[0], "models": models, "datasets": {}}, [], []

@@ -38,7 +38,8 @@ flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as m
 flag("--epochs", type=int, help="(default: 26 for ir_se50, 10 for others; more if that is under 1,250 steps)")
 flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for others)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
-flag("--augment", action=argparse.BooleanOptionalAction, default=True, help="AdaFace's, besides mirroring")
+flag("--augment", action=argparse.BooleanOptionalAction, default=True,
+     help="AdaFace's augmentations besides mirroring (default: on)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 

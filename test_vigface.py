@@ -1,4 +1,5 @@
 """Run with `python -m pytest -q`: formulas against naive ones, invariants, scripts as users run them."""
+import contextlib
 import csv
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import math
 import os
 import pickle
 import resource
+import runpy
 import signal
 import struct
 import subprocess
@@ -54,13 +56,30 @@ def jpeg(images, quality):
     return torch.stack([encode(image) for image in images])
 
 
-def script(name, *args, cwd, code=0, env={}):
+def script(name, *args, cwd, code=0):
     """Runs a script in cwd, checks its exit code, and returns stdout, or stderr where it should fail."""
-    command, env = [sys.executable, HERE / name, *map(str, args)], {**os.environ, "CUDA_VISIBLE_DEVICES": "", **env}
+    command, env = [sys.executable, HERE / name, *map(str, args)], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout if code == 0 else done.stderr
+
+
+def here(name, *args, cwd, code=0, env={}):
+    """As `script`, in this process, which has imported PyTorch already: saves three seconds each time."""
+    out, err, exit_code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [str(HERE / name), *map(str, args)])
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        for key, value in env.items():
+            patch.setenv(key, value)
+        try:
+            runpy.run_path(str(HERE / name), run_name="__main__")
+        except SystemExit as stop:
+            exit_code = stop.code
+    assert exit_code == code, out.getvalue() + err.getvalue()
+    return out.getvalue() if code == 0 else err.getvalue()
 
 
 # --------------------------------------------------------------------------------------------- the recogniser
@@ -969,12 +988,12 @@ def test_landmarks_are_found_on_the_way_where_they_are_missing(pipeline, tmp_pat
     for level in range(3):
         weights[f"module.ClassHead.{level}.conv1x1.bias"] = torch.tensor([50., -50., 50., -50.])
     torch.save(weights, tmp_path / "w.pth")
-    printed = script("data.py", "landmarks", "bare", "--weights", "w.pth", cwd=tmp_path)
+    printed = here("data.py", "landmarks", "bare", "--weights", "w.pth", cwd=tmp_path)
     assert "found the landmarks of 0 of 16 images; for 16 the template stands in" in printed
     (tmp_path / "bare/landmarks.csv").unlink()
-    script("fr_train.py", "--data", "bare", "--epochs", 1, "--batch", 4, cwd=tmp_path)
-    assert "for 16 the template" in script("dit_train.py", "--steps", 2, "--batch", 4, "--weights", "w.pth",
-                                           cwd=tmp_path)
+    here("fr_train.py", "--data", "bare", "--epochs", 1, "--batch", 4, cwd=tmp_path)
+    assert "for 16 the template" in here("dit_train.py", "--steps", 2, "--batch", 4, "--weights", "w.pth",
+                                         cwd=tmp_path)
     assert torch.allclose(data.Faces([tmp_path / "bare"]).landmarks, data.TEMPLATE.expand(16, 5, 2), atol=1e-3)
 
 
@@ -985,8 +1004,8 @@ def test_the_audit_catches_a_planted_copy(pipeline, tmp_path):
     folder(tmp_path / "set", 50, 2)
 
     def audit(code):
-        script("evaluate.py", "--fr", "runs/fr", "--datasets", tmp_path / "set", "--strict", "--audit-fr",
-               "runs/fr-virtual", "--pairs", "faces/held.bin", "--out", tmp_path, cwd=cwd, code=code)
+        here("evaluate.py", "--fr", "runs/fr", "--datasets", tmp_path / "set", "--strict", "--audit-fr",
+             "runs/fr-virtual", "--pairs", "faces/held.bin", "--out", tmp_path, cwd=cwd, code=code)
         return list(csv.DictReader((tmp_path / "leaks.csv").open()))
     for row in audit(3):                                # a hundredth of strangers are over a line, or more:
         Path(row["file"]).unlink(missing_ok=True)       # without them the set is clean
@@ -1008,19 +1027,19 @@ def test_the_audit_catches_a_planted_copy(pipeline, tmp_path):
 def test_a_finished_run_is_not_run_again(pipeline):
     cwd, _ = pipeline
     before = (cwd / "runs/virtual/v000000/0000.jpg").stat().st_mtime_ns
-    assert "already complete" in script("sample.py", *SAMPLE, "--batch", 4, cwd=cwd)
+    assert "already complete" in here("sample.py", *SAMPLE, "--batch", 4, cwd=cwd)
     assert (cwd / "runs/virtual/v000000/0000.jpg").stat().st_mtime_ns == before
-    error = script("sample.py", *SAMPLE, "--batch", 4, "--virtual", 4, cwd=cwd, code=2)
+    error = here("sample.py", *SAMPLE, "--batch", 4, "--virtual", 4, cwd=cwd, code=2)
     assert "virtual = 5, now 4" in error
-    error = script("fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 3, cwd=cwd, code=2)
+    error = here("fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 3, cwd=cwd, code=2)
     assert "epochs = 2, now 3" in error
 
 
 def sampled(pipeline, where, *arguments, **options):
     """Runs sample.py in folder `where`; -> what it left in where/set, as {name: bytes}."""
     where.mkdir(exist_ok=True)
-    script("sample.py", *SAMPLE, "--batch", 1, "--dit", pipeline[0] / "runs/dit", "--fr", pipeline[0] / "runs/fr",
-           "--out", "set", *arguments, cwd=where, **options)
+    here("sample.py", *SAMPLE, "--batch", 1, "--dit", pipeline[0] / "runs/dit", "--fr", pipeline[0] / "runs/fr",
+         "--out", "set", *arguments, cwd=where, **options)
     return {path.relative_to(where).as_posix(): path.read_bytes() for path in where.rglob("set/**/*.*")}
 
 
@@ -1122,9 +1141,9 @@ def test_real_people_are_filled_up(pipeline, tmp_path):
 def test_killed_training_continues_to_the_same_weights(pipeline, tmp_path, stage, arguments):
     """SIGKILL between the second model and its state, then the same command: as if never killed."""
     cwd, _ = pipeline
-    script(*arguments, "--out", tmp_path / "whole", cwd=cwd)
+    here(*arguments, "--out", tmp_path / "whole", cwd=cwd)
     assert killed_at(arguments[0], "save_state", 2, [*arguments[1:], "--out", tmp_path / "cut"], cwd)
-    assert "continuing" in script(*arguments, "--out", tmp_path / "cut", cwd=cwd)
+    assert "continuing" in here(*arguments, "--out", tmp_path / "cut", cwd=cwd)
     whole, cut = (model.load_model(tmp_path / name, stage)[0] for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 
@@ -1246,11 +1265,11 @@ def bad_input(case, root):
         return ("dit_train.py", "--fr", "runs/dit"), "expected a 'fr' checkpoint"
     if case == "checkpoint of another size":
         folder(root, 4, 2, size=48)
-        script("fr_train.py", "--data", root, "--out", root / "fr48", "--epochs", 1, "--batch", 4, cwd=root)
+        here("fr_train.py", "--data", root, "--out", root / "fr48", "--epochs", 1, "--batch", 4, cwd=root)
         return ("sample.py", "--fr", root / "fr48", "--virtual", 2), "48 px"
     if case == "no landmarks":
         folder(root, 2, 2, landmarks=False)
-        script("fr_train.py", "--data", root, "--out", root / "fr", "--epochs", 1, "--batch", 2, cwd=root)
+        here("fr_train.py", "--data", root, "--out", root / "fr", "--epochs", 1, "--batch", 2, cwd=root)
         return ("dit_train.py", "--fr", root / "fr", "--weights", root / "w.pth"), "w.pth: expected weights"
     if case == "people nobody knows":
         folder(root, 30, 1)
@@ -1269,7 +1288,7 @@ def bad_input(case, root):
     "people nobody knows", "too many virtual people", "broken benchmark"])
 def test_bad_input_is_one_clear_line_and_nothing_is_written(pipeline, tmp_path, case):
     arguments, named = bad_input(case, tmp_path)
-    error = script(*arguments, "--out", tmp_path / "out", cwd=pipeline[0], code=2)
+    error = here(*arguments, "--out", tmp_path / "out", cwd=pipeline[0], code=2)
     lines = [line for line in error.replace("\r", "\n").splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and named in lines[0], error
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's augmentation table on drawn faces: bash docs/longtail.sh FOLDER. 1,500 people have 2 to 16 images
-# each (the i-th 16 / (1 + i / 100), at least 2); then 300 virtual people, all real people filled up to 16, both.
+# The paper's augmentation table on drawn faces: bash docs/longtail.sh FOLDER. Of 1,500 people the i-th has
+# 16 / (1 + i / 100) images, but at least 2; then 300 virtual people, real people filled up to 8, and both.
 set -euo pipefail
 home=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1" && cd "$1"
@@ -16,9 +16,9 @@ fr() {
   python "$home/fr_train.py" --val real/heldout.bin "$@" | grep "mean accuracy" | sed "s|^|${*: -1}: |"
 }
 python "$home/fr_train.py" --data real
-python "$home/dit_train.py"
+python "$home/dit_train.py" --steps 1200
 python "$home/sample.py"
-python "$home/sample.py" --real-to 16
+python "$home/sample.py" --real-to 8
 for seed in 0 1 2; do
   fr --data real --virtual 0 --seed $seed --out runs/x-real-$seed
   fr --data real runs/virtual --virtual 0 --seed $seed --out runs/x-virtual-$seed
