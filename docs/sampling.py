@@ -48,7 +48,7 @@ def naive_rate(guidance, steps=10, count=24):
 
 with tempfile.TemporaryDirectory() as scratch:
     if sys.argv[1:] == ["quality"]:
-        for steps, guidance in ((8, 1), (10, 1), (12, 1), (20, 1), (50, 1), (10, 1.5), (10, 2), (10, 4)):
+        for steps, guidance in ((8, 1), (12, 1), (20, 1), (50, 1), (10, 1.5), (10, 2), (10, 4)):
             out = f"{scratch}/{steps}-{guidance}"
             script(f"sample.py --steps {steps} --guidance {guidance} --out {out}")
             said, _ = script(f"fr_train.py --data {out} --virtual 0 --val runs/demo/heldout.bin --out {out}f")
