@@ -184,12 +184,13 @@ def baseline_lines(real):
                        "copy": (1 + quantile(strangers["copy"][0], 0.999)) / 2}
 
 
-def judge(data, found, lines, prototypes):
+def judge(data, found, lines, prototypes, own=False):
     """One dataset's row of the report: quality and leakage, from its `resemblance` to real people.
 
     Clean: no larger a share of the images than of real strangers (1 %) is over the line for centres, or for
     images, and none is a copy. Outliers are nearer to another identity's centre than to their own without
-    them; near-duplicates are identities nearer to another than 99 % of real people are.
+    them; near-duplicates are identities nearer to another than 99 % of real people are. own: the set was
+    drawn from these prototypes, and own_top1 is the share of it nearest to the right virtual one.
     """
     consistency, separability = consistency_separability(data.f, data.labels)
     centres, total, count = class_centres(data.f, data.labels)
@@ -198,7 +199,7 @@ def judge(data, found, lines, prototypes):
     astray = (own_centre * data.f).sum(1) < nearest(data.f, centres, data.labels)[0]
     names, own_top1 = list(data.faces.names), None
     virtual = prototypes.unit()[len(prototypes.real):]
-    if all(name[0] == "v" and name[1:].isdigit() and int(name[1:]) < len(virtual) for name in names):
+    if own and all(name[0] == "v" and name[1:].isdigit() and int(name[1:]) < len(virtual) for name in names):
         owner = torch.tensor([int(name[1:]) for name in names], device=data.f.device)[data.labels]
         other, _ = nearest(data.f, virtual, owner)
         own_top1 = ((data.f * virtual[owner]).sum(1) > other).float().mean().item()
@@ -371,7 +372,9 @@ def main():
         for name in datasets:
             data = embed_faces(backbone, prototypes, Faces([name], backbone.cfg.size), device)
             found = resemblance(data, real)
-            judged["datasets"][name] = judge(data, found, lines, prototypes)
+            made = Path(name) / "run.json"                              # sample.py says whose prototypes
+            own = made.is_file() and json.loads(made.read_text()).get("fr") == judge_name
+            judged["datasets"][name] = judge(data, found, lines, prototypes, own)
             verdicts.append(judged["datasets"][name]["leakage"]["verdict"])
             close += [[name, judge_name, *row] for row in leaks(data, found, lines, real)]
             if judge_name == folders[0]:

@@ -695,10 +695,11 @@ def resume(path, settings, modules):
                      f"same settings, another --out, or delete {Path(path).parent}")
         for name, module in modules.items():
             module.load_state_dict(state[name])
+        step = int(state["step"])
     except Exception as error:                                          # a truncated zip fails in many ways
         fail(f"{path}: unreadable resume state ({type(error).__name__}); delete it to start over")
-    print(f"continuing {Path(path).parent} at step {state['step']}")
-    return state["step"]
+    print(f"continuing {Path(path).parent} at step {step}")
+    return step
 
 
 def stop_unless_finite(losses, step, out):
