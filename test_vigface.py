@@ -761,7 +761,7 @@ def test_photographs_become_aligned_crops(tmp_path, monkeypatch, capsys):
     photo("none.png")
     turned = Image.Exif()
     turned[0x112] = 6                                                   # seen after a quarter turn
-    photo("turned.jpg", (10, 20, 200), size=(900, 600), exif=turned)
+    photo("turned.jpg", (10, 250, 200), exif=turned)
     (tmp_path / "photos/ann/broken.jpg").write_bytes(b"no picture")
     args = (tmp_path / "photos", tmp_path / "out", None, CPU)
     data.align(*args)
@@ -771,7 +771,7 @@ def test_photographs_become_aligned_crops(tmp_path, monkeypatch, capsys):
         crop = data.read_image(path)[0].float()
         assert crop.shape == (3, 112, 112) and crop[0].mean() > 225 and crop[2, 8:-8, 8:-8].mean() < 40, path
     green = lambda name: data.read_image(tmp_path / "out/ann" / name)[0][1].float()
-    assert green("one.jpg")[:, :56].mean() > green("one.jpg")[:, 56:].mean() + 50         # lighter on its left
+    assert green("one.jpg")[:, :56].mean() > green("one.jpg")[:, 56:].mean() + 50   # lighter on its left
     assert green("turned.jpg")[:56].mean() > green("turned.jpg")[56:].mean() + 50       # which came to be up
     rejected = dict(csv.reader((tmp_path / "out/rejected.csv").open()))
     assert rejected == {"file": "reason", "ann/broken.jpg": "unreadable: UnidentifiedImageError",
