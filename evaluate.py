@@ -244,12 +244,13 @@ def histogram(path, series, marks, width=720, height=280, margin=30):
         xs = np.repeat(x_of(np.linspace(low, high, 91)), 2)
         ys = height - margin - scale * np.concatenate([[0], np.repeat(share, 2), [0]])
         pen.polygon(list(zip(xs, ys)), fill=COLOURS[row] + "90")
-        pen.text((margin, 8 + 18 * row), f"\u25a0 {name}", COLOURS[row], font_size=14)
+        pen.text((margin, 8 + 18 * row), name, COLOURS[row], font_size=14)
     for name, value in marks.items():
         pen.line((x_of(value), margin, x_of(value), height - margin), "black", 2)
         pen.text((x_of(value) - 6, margin), f"{name} {value:.3f}", "black", font_size=14, anchor="ra")
     for tick in np.arange(np.ceil(low * 5) / 5, high, 0.2):
-        pen.text((x_of(tick), height - margin + 4), f"{tick:.1f}", "black", font_size=14, anchor="ma")
+        at = x_of(tick), height - margin + 4
+        pen.text(at, f"{round(tick, 1) + 0:.1f}", "black", font_size=14, anchor="ma")
     pen.line((margin, height - margin, width - margin, height - margin), "black")
     replace_file(path, lambda temporary: image.save(temporary, "PNG"))
 
