@@ -72,9 +72,9 @@ def main():
     optimizer = torch.optim.AdamW(dit.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     zeros = lambda *shape: torch.zeros(1, *shape, device=device)
-    one = zeros(3, cfg.size, cfg.size)                                  # of an image: the DiT's pass, and its
-    flops = 3 * forward_flops(dit, one, zeros(), zeros(cfg.dim), zeros(5, 2))  # two backwards; the
-    share = (flops + 2 * forward_flops(backbone, one)) / peak_flops(device)            # frozen one's only one
+    one = zeros(3, cfg.size, cfg.size)
+    flops = 3 * forward_flops(dit, one, zeros(), zeros(cfg.dim), zeros(5, 2))  # backward is twice forward,
+    share = (flops + 2 * forward_flops(backbone, one)) / peak_flops(device)  # once where weights are frozen
     settings = {**vars(args), "data": data, "fr_step": fr["step"], "images": len(faces)}
     del settings["out"], settings["preview"]
     modules = {"dit": dit, "average": average, "optimizer": optimizer}

@@ -295,7 +295,7 @@ def main():
                       ([*rows[i], len(jpegs.get(i, b""))] for i in order))
 
     # Whoever is last joins the parts, in order; the manifest comes last and says that the set is complete.
-    if not all(path.is_file() for path in parts) or not (merging := claim(out / "parts", wait=False)):
+    if not all(path.is_file() for path in parts) or claim(out / "parts", wait=False) is None:
         print(f"rank {rank} of {world} has drawn its share of {out}")
         return
     records = args.format == "rec"
