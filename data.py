@@ -11,16 +11,15 @@ benchmarks where there are any. The source `demo` is drawn on first use into run
 import argparse
 import csv
 import functools
-import hashlib
 import io
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -33,9 +32,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from model import claim, detect_faces, fail, load_detector, replace_file, run, to_float, to_uint8
+from model import (RetinaFace, claim, detect_faces, fail, load_published, reading, replace_file, run,
+                   to_float, to_uint8)
 
-PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+CROPS = (".jpg", ".jpeg", ".png")
+PHOTOGRAPHS = (*CROPS, ".webp", ".bmp", ".tif", ".tiff")
 
 # Where the five landmarks lie in an aligned 112 x 112 crop: the ArcFace template.
 TEMPLATE = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655],
@@ -204,10 +205,17 @@ def write_csv(path, header, rows):
     replace_file(path, write)
 
 
+LANDMARKS_HEADER = ["file", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")]
+
+
+def landmarks_row(name, points):
+    """The line of landmarks.csv for the file `name`, its landmarks (5, 2) in pixels."""
+    return [name, *map("{:.2f}".format, points.flatten().tolist())]
+
+
 def write_landmarks(path, rows):
     """Writes landmarks.csv from pairs of a file name in its folder and landmarks (5, 2) in pixels."""
-    write_csv(path, ["file", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")], (
-        [name, *map("{:.2f}".format, points.flatten().tolist())] for name, points in rows))
+    write_csv(path, LANDMARKS_HEADER, (landmarks_row(*row) for row in rows))
 
 
 def write_bin(path, images, pairs, generator):
@@ -326,27 +334,19 @@ def read_index(path):
     A record is magic, length, then flag, label, two ids, `flag` more labels (then those count), image.
     Records without an image (the header, and a list of identities at the end) are left out.
     """
-    index = path.with_suffix(".idx")
-    try:
-        keys, offsets = np.array(index.read_text().split(), dtype=np.int64).reshape(-1, 2).T
+    index, found = path.with_suffix(".idx"), []
+    with reading(index, f"a line of key and offset for every record of {path.name}"):
         content = mapped(path)
-    except (OSError, ValueError, OverflowError) as error:
-        fail(f"{index}: expected a line of key and offset for every record of {path.name} ({error})")
-
-    def words(at, count):
-        return content.take(at[:, None] + np.arange(4 * count), mode="clip").view("<u4")        # (M, count)
-    magic, length, flag, label = words(offsets, 4).T
-    length &= 0x1fffffff
-    bad = (offsets < 0) | (magic != Record.MAGIC) | (offsets + 8 + length > len(content))
-    if bad.any():
-        fail(f"{path}: {bad.sum()} of {len(keys)} records, key {keys[bad][0]} first, end beyond its "
-             f"{len(content)} bytes or lack the magic number; cut short, or {index.name} is not its index")
-    label = np.where(flag > 0, words(offsets + 32, 1)[:, 0], label).view("<f4").astype(np.int64)
-    body = offsets + 32 + 4 * flag.astype(np.int64)
-    start = words(body, 1)[:, 0] & 0xffff
-    image = (body < offsets + 8 + length) & np.isin(start, (0xd8ff, 0x5089))    # JPEG, PNG
-    found = zip(keys[image].tolist(), offsets[image].tolist())
-    return [Record(path, key, offset) for key, offset in found], label[image].tolist()
+        for line in index.read_text().splitlines():
+            key, offset = map(int, line.split())
+            magic, length, flag, label = struct.unpack_from("<IIIf", content, max(0, offset))
+            if magic != Record.MAGIC or offset < 0 or offset + 8 + (length & 0x1fffffff) > len(content):
+                raise ValueError(f"record {key} lacks the magic number or ends beyond {len(content)} bytes")
+            image = offset + 32 + 4 * flag
+            label, = struct.unpack_from("<f", content, offset + 32) if flag else (label,)
+            if content[image:image + 2].tobytes() in (b"\xff\xd8", b"\x89P"):               # JPEG, PNG
+                found.append((Record(path, key, offset), int(label)))
+    return found
 
 
 class BinUnpickler(pickle._Unpickler):
@@ -369,51 +369,38 @@ class BinUnpickler(pickle._Unpickler):
         return super().find_class(module, name)
 
 
-def read_bin(path, size):
-    """The encoded images and the verdicts of an InsightFace .bin, decoded."""
-    with open(path, "rb") as file:
-        encoded, same = BinUnpickler(file, encoding="bytes").load()
-    images = torch.stack([read_image(io.BytesIO(bytes(image)), size)[0] for image in encoded])
-    return images, torch.as_tensor(np.asarray(same, dtype=bool))
-
-
-def read_pairs(path, size, folder):
-    """LFW's pairs.txt and the folder of its people, as `read_bin` gives a benchmark.
-
-    After a line with the number of folds: `name i j` for two images of a person, `name i other j` for two.
-    """
-    names, same = [], []
-    for number, line in enumerate(path.read_text().splitlines()[1:], 2):
-        words = line.split()
-        try:
-            first, i, other, j = words if len(words) == 4 else [words[0], words[1], words[0], words[2]]
-            first, other = Path(first).name, Path(other).name           # names, no paths
-            names += [f"{first}/{first}_{int(i):04d}", f"{other}/{other}_{int(j):04d}"]
-            same.append(len(words) == 3)
-        except (ValueError, IndexError):
-            fail(f"{path}, line {number}: expected 'name i j' or 'name i other j', found '{line[:80]}'")
-    stored, images = {}, []
-    for name in names:
-        if name not in stored:
-            found = [file for end in ("jpg", "jpeg", "png") if (file := folder / f"{name}.{end}").is_file()]
-            if not found:
-                fail(f"{path}: {folder} has no {name}.jpg or .png; give --images the folder of its people")
-            stored[name] = read_image(found[0], size)[0]
-        images.append(stored[name])
-    return torch.stack(images), torch.tensor(same)
+def read_pairs(path, folder):
+    """Files and verdicts of LFW's pairs.txt: lines of `name i j`, a person, or `name i other j`, two."""
+    files, same = [], []
+    for number, line in enumerate(path.read_text().splitlines()[1:], 2):        # the first counts the folds
+        pair = re.fullmatch(r"([^\s/]+)\s+(\d+)\s+(?:([^\s/]+)\s+)?(\d+)\s*", line)
+        if not pair:
+            raise ValueError(f"line {number} is not 'name i j' or 'name i other j': '{line[:80]}'")
+        name, i, other, j = pair.groups()
+        same.append(other is None)
+        for stem in (f"{name}/{name}_{int(i):04d}", f"{other or name}/{other or name}_{int(j):04d}"):
+            crops = [file for end in CROPS if (file := folder / f"{stem}{end}").is_file()]
+            if not crops:
+                raise ValueError(f"{folder} has no {stem}.jpg or .png; give --images the people's folder")
+            files.append(crops[0])
+    return files, same
 
 
 def read_benchmark(path, size, folder=None):
     """A .bin or pairs.txt benchmark: uint8 images (2P, 3, S, S), pair p is 2p and 2p + 1; same (P,) bool."""
     path = Path(path)
-    try:
-        text = path.suffix == ".txt"
-        images, same = read_pairs(path, size, Path(folder or path.parent)) if text else read_bin(path, size)
-    except Exception as error:                                          # pickles fail in every possible way
-        fail(f"{path}: not a readable .bin or pairs.txt benchmark ({type(error).__name__}: {error})")
-    if len(images) != 2 * len(same) or len(same) < 10 or same.all() or not same.any():
-        fail(f"{path}: expected 10 pairs or more, same and different, of two images each; found "
-             f"{len(images)} images, {same.sum()} pairs of one person and {(~same).sum()} of two")
+    with reading(path, "a .bin or pairs.txt benchmark"):
+        if path.suffix == ".txt":
+            files, same = read_pairs(path, Path(folder or path.parent))
+        else:
+            with open(path, "rb") as file:
+                encoded, same = BinUnpickler(file, encoding="bytes").load()
+            files = [io.BytesIO(bytes(image)) for image in encoded]
+        images = torch.stack([read_image(file, size)[0] for file in files])
+        same = torch.as_tensor(np.asarray(same, dtype=bool))
+        if len(images) != 2 * len(same) or len(same) < 10 or same.all() or not same.any():
+            raise ValueError(f"10 pairs or more, of one person and of two, are a benchmark: {len(images)} "
+                             f"images, {same.sum()} pairs of one person and {(~same).sum()} of two found")
     return images, same
 
 
@@ -437,63 +424,56 @@ def open_source(name):
 class Faces(Dataset):
     """Images of one or more sources united by identity name: uint8 images, labels, landmarks ([0, 1] or NaN).
 
-    Sets that fit in `memory` bytes are decoded once, by threads; larger ones by the loader's workers, each
-    time.
+    Sets that fit in `memory` bytes are decoded once, by threads; larger ones by the loader's workers, again
+    and again. Unreadable images are left out.
     """
 
     def __init__(self, sources, size=None, memory=3e9):
         self.files, self.keys, self.names, self.bad, self.images, self.size = [], [], {}, set(), None, None
         labels, landmarks, sides = [], [], []                           # names: {identity: label}
         for source in sources:
-            root, found = open_source(source), []                       # found: (image, identity, file name)
-            for path in sorted(root.glob("*.rec")):
-                found += [(record, str(label), str(record.key)) for record, label in zip(*read_index(path))]
-            people = sorted(entry for entry in root.iterdir() if entry.is_dir())
-            for person in people:
-                files = sorted(f for f in person.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
-                found += [(file, person.name, f"{person.name}/{file.name}") for file in files]
+            root, first = open_source(source), len(self)
+            found = [(record, str(label), str(record.key)) for path in sorted(root.glob("*.rec"))
+                     for record, label in read_index(path)]
+            found += [(file, file.parent.name, f"{file.parent.name}/{file.name}")
+                      for file in sorted(root.glob("*/*")) if file.suffix.lower() in CROPS]
             if not found:
                 fail(f"--data {source}: no images in it; expected identity/image.jpg or .png, or train.rec "
-                     f"with train.idx, found {len(people)} folders")
-            first = len(self.files)
-            images, names, files = zip(*found)
-            self.files += images
-            self.keys += files                                          # as landmarks.csv names them
+                     "with train.idx")
+            files, names, keys = zip(*found)
+            self.files += files
+            self.keys += keys                                           # as landmarks.csv names them
             labels += [self.names.setdefault(name, len(self.names)) for name in names]
             # The crops of a source share one size: opening half a million files to ask takes minutes.
             decoded = map(self.decode, range(first, len(self)))
-            side = next((image.shape[2] for image in decoded if image is not None), 32)
-            landmarks.append(self.read_landmarks(root, files, side))
-            sides.append(side)
+            sides.append(next((image.shape[2] for image in decoded if image is not None), 32))
+            landmarks.append(self.read_landmarks(root, keys, sides[-1]))
         self.labels, self.landmarks, self.size = torch.tensor(labels), torch.cat(landmarks), size or sides[0]
         if len(self) * 3 * self.size ** 2 <= memory:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 decoded = pool.map(self.decode, range(len(self)))
                 images = list(tqdm(decoded, "reading images", len(self), leave=False, mininterval=1))
-            good = [i for i in range(len(self)) if images[i] is not None]
-            self.report([i for i in range(len(self)) if images[i] is None])
+            good = [i for i, image in enumerate(images) if image is not None]
+            self.report(set(range(len(self))) - set(good))
             self.files, self.keys = [self.files[i] for i in good], [self.keys[i] for i in good]
-            self.images, self.labels = torch.stack([images[i] for i in good]), self.labels[good]
-            self.landmarks = self.landmarks[good]
+            self.labels, self.landmarks = self.labels[good], self.landmarks[good]
+            self.images = torch.stack([images[i] for i in good])
 
     def __len__(self):
         return len(self.files)
 
     @staticmethod
-    def read_landmarks(root, files, side):
+    def read_landmarks(root, keys, side):
         """Landmarks (M, 5, 2) in [0, 1] of crops `side` wide, NaN where root/landmarks.csv has none."""
-        path, unknown = root / "landmarks.csv", np.full((5, 2), np.nan, np.float32)
-        if not path.is_file():
-            return torch.from_numpy(unknown).repeat(len(files), 1, 1)
-        try:
-            with open(path, newline="") as file:
-                rows = list(csv.reader(file))[1:]
-            table = {row[0]: np.array(row[1:11], dtype=np.float32).reshape(5, 2) / side for row in rows}
-        except (OSError, ValueError, IndexError, csv.Error) as error:
-            fail(f"{path}: expected lines of file,x1,y1,...,x5,y5 ({error})")
-        if far := [file for file, points in table.items() if (np.abs(points - 0.5) > 2).any()]:
-            fail(f"{path}: landmarks of {far[0]} are far outside its {side} pixels; are they of other crops?")
-        return torch.from_numpy(np.stack([table.get(file, unknown) for file in files]))
+        path, table = root / "landmarks.csv", {}
+        if path.is_file():
+            with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"), open(path, newline="") as file:
+                for key, *numbers in list(csv.reader(file))[1:]:
+                    table[key] = np.array(numbers[:10], np.float32).reshape(5, 2) / side
+                    if (np.abs(table[key] - 0.5) > 2).any():
+                        raise ValueError(f"{key} has some far outside its {side} pixels")
+        unknown = np.full((5, 2), np.nan, np.float32)
+        return torch.from_numpy(np.stack([table.get(key, unknown) for key in keys]))
 
     def decode(self, i):
         """Image i, uint8 (3, S, S), or None if it cannot be read."""
@@ -513,16 +493,14 @@ class Faces(Dataset):
                  "over 1 % is no accident, replace or remove them")
 
     def __getitems__(self, indices):
-        """A batch: uint8 images (B, 3, S, S), their indices (B,); last, which were unreadable.
-
-        The place of an unreadable image goes to another of the batch.
-        """
+        """A batch: uint8 images (B, 3, S, S), their indices (B,); last, the indices of unreadable ones."""
         if self.images is not None:
-            return self.images[torch.as_tensor(indices)], torch.as_tensor(indices), []
+            i = torch.as_tensor(indices)
+            return self.images[i], i, []
         read = {int(i): self.decode(int(i)) for i in indices}
-        good = [i for i in read if read[i] is not None]
-        i = torch.tensor([i if read[i] is not None else good[0] for i in read])
-        return torch.stack([read[int(j)] for j in i]), i, list(read.keys() - good)
+        good = {i: image for i, image in read.items() if image is not None}
+        images = torch.stack([*good.values()]) if good else torch.empty(0, 3, self.size, self.size)
+        return images, torch.tensor([*good], dtype=torch.long), list(read.keys() - good)
 
     def loader(self, order):
         """Yields (images, indices) of the batches of indices in `order`, decoded by workers if need be."""
@@ -563,21 +541,16 @@ WEIGHTS_URL = "https://github.com/xinntao/facexlib/releases/download/v0.1.0/dete
 WEIGHTS_SHA256 = "2979b33ffafda5d74b6948cd7a5b9a7a62f62b949cef24e95fd15d2883a65220"
 
 
-def fetch_weights(folder, url=WEIGHTS_URL, sha256=WEIGHTS_SHA256):
-    """The path of the published RetinaFace weights in `folder`, downloaded (1.8 MB) if not there, checked."""
-    path = Path(folder) / url.split("/")[-1]
-    try:
-        if not path.is_file():
-            print(f"fetching {url}")
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                content = answer.read(10_000_000)
-            if hashlib.sha256(content).hexdigest() == sha256:
-                replace_file(path, lambda temporary: temporary.write_bytes(content))
-    except OSError as error:
-        fail(f"{url}: cannot be fetched ({error}); put that file at {path}, or name it with --weights")
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        fail(f"{path}: its sha256 is not {sha256[:16]}..., so it was not used; delete it, or give --weights")
-    return path
+def load_detector(weights, folder, device):
+    """RetinaFace with published weights: those named, or fetched (1.8 MB) into `folder` once and checked."""
+    path = Path(weights or Path(folder) / WEIGHTS_URL.split("/")[-1])
+    if not weights and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_SHA256)
+        except (OSError, RuntimeError) as error:
+            fail(f"{WEIGHTS_URL}: not fetched ({error}); put that file at {path}, or name it with --weights")
+    return load_published(RetinaFace(), path).to(device).eval()
 
 
 def crop_landmarks(detector, images):
@@ -609,7 +582,7 @@ def complete_landmarks(sources, weights, folder, device):
         missing = faces.landmarks.isnan().flatten(1).any(1).nonzero().flatten()
         if not len(missing):
             continue
-        detector, lost = load_detector(weights or fetch_weights(folder), device), 0
+        detector, lost = load_detector(weights, folder, device), 0
         loader = faces.loader(missing.split(64))
         for images, i in tqdm(loader, f"landmarks of {source}", -(-len(missing) // 64), leave=False):
             faces.landmarks[i], found = crop_landmarks(detector, images.to(device))
@@ -647,87 +620,79 @@ def align(photos, out, detector, device, size=112, face="largest", min_face=40):
     """Crops one face of every photograph photos/identity/name to out/identity/, with its landmarks.
 
     Which: the largest box times score, or the one nearest the centre. Photographs without a face of min_face
-    pixels are listed in rejected.csv. progress.csv has a line for each photograph dealt with: the same
-    command goes on there.
+    pixels are listed in rejected.csv. Those that are in it or in landmarks.csv are dealt with: the same
+    command goes on after them.
     """
-    photos, out = Path(photos), Path(out)
-    files = sorted(path for path in photos.glob("*/*") if path.suffix.lower() in PHOTOGRAPHS)
-    if not files:
-        fail(f"{photos}: no photographs; expected identity/photo.jpg, .png, .webp, .bmp or .tif")
-    held, journal = claim(out), out / "progress.csv"
-    lines = journal.read_text().rpartition("\n")[0].splitlines() if journal.is_file() else []
-    done = {row[0]: row[1:] for row in csv.reader(lines)}               # crop and landmarks, or the reason
-    replace_file(journal, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
+    photos, out, held = Path(photos), Path(out), claim(out)
+    crop_of = lambda name: name if name.lower().endswith(".jpg") else f"{name}.jpg"
+    paths, done = (out / "landmarks.csv", out / "rejected.csv"), []
+    for path, header in zip(paths, (LANDMARKS_HEADER, ["file", "reason"])):
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []     # a torn last line is dropped
+        lines = lines or [",".join(header)]
+        replace_file(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines)))
+        done.append({row[0] for row in csv.reader(lines[1:])})
 
-    def read(path):
+    def read(name):
         try:
-            with Image.open(path) as image:
+            with Image.open(photos / name) as image:
                 image = ImageOps.exif_transpose(image).convert("RGB")
             return image, *letterbox(image)
         except Exception as error:                                      # images break in every possible way
-            return None, type(error).__name__, None
+            return None, torch.zeros(3, 640, 640, dtype=torch.uint8), type(error).__name__
 
-    def finish(path, image, scale, scores, boxes, points):
-        """What progress.csv says of a photograph; its crop is written first."""
+    def finish(name, image, scale, faces):
+        """The line of landmarks.csv (the crop is written first) or of rejected.csv for a photograph."""
+        if image is None:
+            return [name, f"unreadable: {scale}"]
+        scores, boxes, points = faces
         sides = (boxes[:, 2:] - boxes[:, :2]) / scale
         large = sides.amin(1) >= min_face
         if not large.any():
-            return [f"no face of {min_face} pixels" if len(large) else "no face"]
+            return [name, f"no face of {min_face} pixels" if len(large) else "no face"]
         middle = (boxes[:, 2:] + boxes[:, :2]) / 2 / scale - torch.tensor(image.size) / 2
         rank = sides.prod(1) * scores if face == "largest" else -middle.norm(dim=1)
         best = rank.where(large, torch.tensor(-torch.inf)).argmax()
         crop, landmarks = crop_face(image, points[best] / scale, size)
-        name = path.relative_to(photos).as_posix() + ".jpg" * (path.suffix.lower() != ".jpg")
-        replace_file(out / name, lambda temporary: crop.save(temporary, "JPEG", quality=95, subsampling=0))
-        return [name, *(f"{x:.2f}" for x in landmarks.flatten().tolist())]
+        replace_file(out / crop_of(name), lambda path: crop.save(path, "JPEG", quality=95, subsampling=0))
+        return landmarks_row(crop_of(name), landmarks)
 
-    todo = [path for path in files if path.relative_to(photos).as_posix() not in done]
-    with ThreadPoolExecutor() as pool, open(journal, "a", newline="") as file, \
-            tqdm(total=len(todo), desc=out.name, unit="img", leave=False) as progress:
-        for start in range(0, len(todo), 16):
+    names = [path.relative_to(photos).as_posix() for path in sorted(photos.glob("*/*"))
+             if path.suffix.lower() in PHOTOGRAPHS]
+    if not names:
+        fail(f"{photos}: no photographs; expected identity/photo.jpg, .png, .webp, .bmp or .tif")
+    todo = [name for name in names if crop_of(name) not in done[0] and name not in done[1]]
+    with ThreadPoolExecutor() as pool, open(paths[0], "a", newline="") as good, \
+            open(paths[1], "a", newline="") as bad:
+        for start in tqdm(range(0, len(todo), 16), out.name, unit=" x 16 img", leave=False):
             batch = todo[start:start + 16]
             images, squares, scales = zip(*pool.map(read, batch))
-            good = [i for i, image in enumerate(images) if image is not None]
-            found = detect_faces(detector, torch.stack([squares[i] for i in good]).to(device)) if good else []
-            rows = {i: [f"unreadable: {square}"] for i, square in enumerate(squares) if i not in good}
-            rows |= zip(good, pool.map(lambda i, faces: finish(batch[i], images[i], scales[i], *faces),
-                                       good, found))
-            rows = [[batch[i].relative_to(photos).as_posix(), *rows[i]] for i in sorted(rows)]
-            csv.writer(file, lineterminator="\n").writerows(rows)
-            file.flush()
-            done |= {row[0]: row[1:] for row in rows}
-            progress.update(len(batch))
-    write_landmarks(out / "landmarks.csv", ((row[0], torch.tensor([float(x) for x in row[1:]]))
-                                            for row in done.values() if len(row) == 11))
-    rejected = [[name, *row] for name, row in done.items() if len(row) == 1]
-    write_csv(out / "rejected.csv", ["file", "reason"], rejected)
+            found = detect_faces(detector, torch.stack(squares).to(device))
+            for row in pool.map(finish, batch, images, scales, found):
+                csv.writer(good if len(row) == 11 else bad, lineterminator="\n").writerow(row)
+            good.flush()
+            bad.flush()
     os.close(held)
-    print(f"{len(done) - len(rejected)} faces in {out}; {len(rejected)} photographs in rejected.csv")
+    count = sum(1 for _ in open(paths[1])) - 1
+    print(f"{len(names) - count} faces in {out}; {count} photographs in rejected.csv")
 
 
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    tasks = parser.add_subparsers(dest="task", required=True)
-    task = tasks.add_parser("align", help="cut aligned faces out of photographs", description=align.__doc__)
-    task.add_argument("source", metavar="PHOTOS", help="folder of identity folders with photographs")
-    task.add_argument("--out", default="faces", metavar="DIR", help="aligned faces (default: %(default)s)")
-    task.add_argument("--size", type=int, default=112, help="side of a crop in pixels (default: %(default)s)")
-    task.add_argument("--face", choices=["largest", "centre"], default="largest",
-                      help="of several faces the largest, times its score, or the one nearest the centre "
-                           "(default: %(default)s)")
-    task.add_argument("--min-face", type=int, default=40,
-                      help="smallest side of a face in a photograph, in pixels (default: %(default)s)")
-    crops = tasks.add_parser("landmarks", help="find the landmarks of faces that are aligned already",
-                             description=complete_landmarks.__doc__)
-    crops.add_argument("source", metavar="FACES", help="folder of identity folders, or of train.rec")
-    for each in (task, crops):
-        each.add_argument("--weights", metavar="PATH", help="those of RetinaFace (default: fetched)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    flag = parser.add_argument
+    flag("task", choices=["align", "landmarks"], help="cut faces out of photographs, or find their landmarks")
+    flag("source", metavar="DIR", help="identity folders of photographs (align) or of faces; or train.rec")
+    flag("--out", default="faces", metavar="DIR", help="align: aligned faces (default: %(default)s)")
+    flag("--size", type=int, default=112, help="align: side of a crop in pixels (default: %(default)s)")
+    flag("--face", choices=["largest", "centre"], default="largest",
+         help="align: of several faces the largest, or the one nearest the centre (default: %(default)s)")
+    flag("--min-face", type=int, default=40, help="align: smallest face in pixels (default: %(default)s)")
+    flag("--weights", metavar="PATH", help="those of RetinaFace (default: fetched)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.task == "landmarks":
         return complete_landmarks([args.source], args.weights, "runs", device)
-    detector = load_detector(args.weights or fetch_weights(args.out), device)
+    detector = load_detector(args.weights, args.out, device)
     align(args.source, args.out, detector, device, args.size, args.face, args.min_face)
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import Faces, batches, benchmarks
 from evaluate import embed_faces, nearest, pair_distances, verification
 from model import (FR_ARCHS, FRConfig, Prototypes, Recogniser, autocast, claim, compiled, embed, fail,
-                   forward_flops, load_backbone, peak_flops, resume, run, save_model, save_state,
+                   forward_flops, load_recogniser, peak_flops, reading, resume, run, save_model, save_state,
                    stop_unless_finite, vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,7 +95,8 @@ def main():
     cfg = FRConfig(size=size, bgr=args.bgr, **FR_ARCHS[args.arch])
     backbone = Recogniser(cfg)
     if args.init:
-        load_backbone(args.init, backbone)
+        with reading(args.init, f"a network like {args.arch} at {size} px"):
+            backbone.load_state_dict(load_recogniser(args.init, device, args.bgr)[0].state_dict())
     backbone.to(device, memory_format=torch.channels_last).eval()
     share = 3 * forward_flops(backbone, torch.zeros(1, 3, size, size, device=device)) / peak_flops(device)
     backbone.train()
@@ -126,7 +127,7 @@ def main():
     for step, x, labels, _, waited in batches(faces, batch, args.seed, first, steps, device, out.name):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, per_epoch, peak)
-        x = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x, x.flip(3))
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x, x.flip(3))
         if args.augment:
             x = augment(x)
         with autocast(device):

@@ -8,6 +8,7 @@ width. Images inside the networks are RGB in [-1, 1], (B, 3, S, S); landmarks ar
 of the image, in the order left eye, right eye, nose, left and right mouth corner (left and right of the
 image).
 """
+import contextlib
 import fcntl
 import functools
 import json
@@ -35,6 +36,15 @@ def fail(message):
     """Ends the program with one line on stderr and exit code 2: bad input, nothing half-written."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def reading(path, expected):
+    """Ends the program with one line if the block fails: a file can hold anything, and break in any way."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{path}: expected {expected}; {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def to_float(images):
@@ -368,7 +378,7 @@ class DiT(nn.Module):
         side = torch.arange(cfg.size // cfg.patch)
         rows, columns = torch.meshgrid(side, side, indexing="ij")
         position = torch.cat([sinusoids(axis.flatten(), C // 2, 10_000) for axis in (rows, columns)], -1)
-        self.register_buffer("position", position, persistent=False)            # (N, C)
+        self.register_buffer("position", position)                              # (N, C)
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.identity = nn.Linear(cfg.dim, C)
         self.pose = nn.Sequential(nn.Linear(10, C), nn.SiLU(), nn.Linear(C, C))
@@ -542,18 +552,6 @@ def detect_faces(detector, images, confidence=0.5):
     return found
 
 
-def load_detector(path, device):
-    """A RetinaFace with published weights from a .pth file."""
-    detector = RetinaFace()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        detector.load_state_dict({name.removeprefix("module."): t for name, t in state.items()})
-    except Exception as error:                                          # unpickling fails in many ways
-        fail(f"{path}: expected weights of RetinaFace with MobileNet-0.25, in Pytorch_Retinaface's layout; "
-             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    return detector.to(device).eval().requires_grad_(False)
-
-
 # ---------------------------------------------------------------------------------------------- save and load
 
 
@@ -574,16 +572,13 @@ def replace_file(path, write):
 
 def claim(folder, wait=True):
     """Holds `folder` until the program ends, so that nobody else runs there; None if wait=False and taken."""
-    folder = Path(folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = os.open(folder, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return held
     except BlockingIOError:
         return fail(f"{folder}: another process is at work there; wait, or stop it") if wait else None
-    except OSError as error:
-        fail(f"{folder}: cannot be written ({error}); choose another --out")
 
 
 def run(main):
@@ -606,21 +601,14 @@ def save_model(folder, stage, config, tensors, **meta):
 
 def load_model(folder, stage):
     """Tensors and metadata of folder/model.safetensors; ends the program if it is no `stage` model."""
-    path = Path(folder) / "model.safetensors"
-    make = {"fr": "fr_train.py", "dit": "dit_train.py"}[stage]
+    path, make = Path(folder) / "model.safetensors", {"fr": "fr_train.py", "dit": "dit_train.py"}[stage]
     if not path.is_file():
         fail(f"{path}: no such checkpoint; make it with {make}, or name another folder")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = {"names": [], "data": [], "val": []} | json.loads((file.metadata() or {})["vigface"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if any(Path(name).name != name for name in meta["names"]):          # they become folders
-                raise ValueError("names of people that are paths")
-            if meta["stage"] != stage:
-                fail(f"{path}: expected a '{stage}' checkpoint, found '{meta['stage']}'; name one of {make}")
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        fail(f"{path}: not a VIGFace checkpoint ({type(error).__name__}: {error}); make it again with {make}")
-    return tensors, meta
+    with reading(path, f"a '{stage}' checkpoint, as {make} makes it"), safe_open(path, "pt") as file:
+        meta = {"names": [], "data": [], "val": []} | json.loads(file.metadata()["vigface"])
+        if meta["stage"] != stage or any(Path(name).name != name for name in meta["names"]):
+            raise ValueError(f"it is a '{meta['stage']}' checkpoint, or names people by paths")
+        return {name: file.get_tensor(name) for name in file.keys()}, meta
 
 
 def part(tensors, prefix):
@@ -629,52 +617,49 @@ def part(tensors, prefix):
 
 
 def build(module, config, meta, state, path):
-    """A module of a checkpoint, from its config and weights; memory is spent once the shapes agree."""
-    try:
+    """A module of a checkpoint, from its config and weights; costs no memory before the shapes agree."""
+    with reading(path, "metadata that describes its weights"):
         cfg = config(**meta["config"])
-        for size in (*getattr(cfg, "units", ()), *asdict(cfg).values()):
-            if not isinstance(size, (list, tuple)) and not 0 <= size <= 4096:
-                raise ValueError(f"a size of {size}")
+        if not all(0 <= size <= 4096 for value in asdict(cfg).values()
+                   for size in (value if isinstance(value, (list, tuple)) else [value])):
+            raise ValueError(f"sizes out of range in {cfg}")
         with torch.device("meta"):
-            expected = {name: t.shape for name, t in module(cfg).state_dict().items()}
-        if expected != {name: t.shape for name, t in state.items()}:
-            raise ValueError("the weights are of another network")
-        net = module(cfg)
-        net.load_state_dict(state)
-        return net
-    except Exception as error:                                          # what is in a file can be anything
-        fail(f"{path}: its metadata makes no network ({type(error).__name__}: {error}); train it again")
+            net = module(cfg)
+        net.load_state_dict(state, assign=True)
+        return net.requires_grad_(False)
 
 
-def load_backbone(path, backbone):
-    """Loads the backbone of a run folder or a published .pth or .ckpt: prefixes stripped, heads left out."""
-    try:
-        if Path(path).is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = {re.sub(r"^((model|module|backbone)\.)+", "", name): t
-                     for name, t in state.get("state_dict", state).items()}
-        else:
-            state = part(load_model(path, "fr")[0], "backbone")
-        backbone.load_state_dict({name: t for name, t in state.items() if not name.startswith("head.")})
-    except Exception as error:                                          # unpickling fails in many ways
-        fail(f"{path}: expected weights of an IR-SE50 at {backbone.cfg.size} px in AdaFace's layout; "
-             f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+def load_published(net, path):
+    """Loads weights that others published as .pth or .ckpt: prefixes stripped, margin heads left out."""
+    with reading(path, f"published weights that fit {type(net).__name__}"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {re.sub(r"^((model|module|backbone)\.)+", "", name): t
+                 for name, t in state.get("state_dict", state).items()}
+        net.load_state_dict({name: t for name, t in state.items() if not name.startswith("head.")})
+    return net.requires_grad_(False)
 
 
 def load_recogniser(path, device, bgr=False):
-    """Backbone and prototypes, frozen, on `device`, and metadata, of a run folder or a published file."""
+    """Backbone and prototypes, frozen, on `device`, and metadata, of a run folder or a published IR-SE50."""
     if Path(path).is_file():
-        backbone, prototypes = Recogniser(FRConfig(bgr=bgr)), Prototypes(0, 0, 512)
+        backbone, prototypes = load_published(Recogniser(FRConfig(bgr=bgr)), path), Prototypes(0, 0, 512)
         meta = {"data": [], "val": []}
-        load_backbone(path, backbone)
     else:
         tensors, meta = load_model(path, "fr")
-        backbone = build(Recogniser, FRConfig, meta, part(tensors, "backbone"), path)
         n, k = (len(tensors.get(f"prototypes.{kind}", ())) for kind in ("real", "virtual"))
+        backbone = build(Recogniser, FRConfig, meta, part(tensors, "backbone"), path)
         prototypes = build(lambda cfg: Prototypes(n, k, cfg.dim), FRConfig, meta, part(tensors, "prototypes"),
                            path)
-    backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    backbone.to(device, memory_format=torch.channels_last).eval()
     return backbone, prototypes.to(device).requires_grad_(False), meta
+
+
+def same_settings(path, before, now):
+    """Ends the program unless the settings of the run saved at `path` are those of this command."""
+    for key, value in now.items():
+        if before.get(key) != value:
+            fail(f"{path}: this run was started with {key} = {before.get(key)}, now {value}; give the same "
+                 f"settings, another --out, or delete {Path(path).parent}")
 
 
 def save_state(path, settings, step, modules):
@@ -687,17 +672,12 @@ def resume(path, settings, modules):
     """Loads the modules saved at `path`, if any, and returns the step; other settings end the program."""
     if not Path(path).is_file():
         return 0
-    try:
+    with reading(path, "the state of a run (delete it to start over)"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in settings:
-            if (before := state["settings"].get(key)) != settings[key]:
-                fail(f"{path}: this run was started with {key} = {before}, now {settings[key]}; give the "
-                     f"same settings, another --out, or delete {Path(path).parent}")
+        same_settings(path, state["settings"], settings)
         for name, module in modules.items():
             module.load_state_dict(state[name])
         step = int(state["step"])
-    except Exception as error:                                          # a truncated zip fails in many ways
-        fail(f"{path}: unreadable resume state ({type(error).__name__}); delete it to start over")
     print(f"continuing {Path(path).parent} at step {step}")
     return step
 

@@ -14,7 +14,6 @@ same command continues a run that was killed, and the set comes out the same.
 import argparse
 import csv
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -31,9 +30,9 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from data import contact_sheet, pack_record, write_csv, write_landmarks, yaw_of
+from data import contact_sheet, pack_record, read_image, write_csv, write_landmarks, yaw_of
 from model import (DiT, DiTConfig, autocast, build, claim, compiled, dpm_solver, embed, fail, guided,
-                   load_model, load_recogniser, part, replace_file, run, to_uint8)
+                   load_model, load_recogniser, part, reading, replace_file, run, same_settings, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -57,6 +56,7 @@ flag("--batch", type=int, help="pictures drawn at once (default: 256 on a GPU, 6
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 ATTEMPTS, CHUNK = 5, 8                      # draws of a picture at most; batches whose rows are saved as one
+VERDICTS = ("accepted", "leak", "identity")
 COLUMNS = ["file", "identity", "index", "attempt", "seed", "landmarks_from", "cos_own", "cos_nearest_real",
            "quality"]                                                   # of manifest.csv
 
@@ -96,34 +96,31 @@ def judged(f, W, n, rows, max_real):
     return own, real, real > max_real, own < rival
 
 
-def stored(parts, every=False, records=False):
-    """Rows of parts, in order, as dicts, accepted ones or all; in records a picture's file is its key."""
-    key = 0
+def stored(parts, verdicts=("accepted",)):
+    """Rows of the parts with one of these verdicts, in order, as dicts."""
     for path in parts:
         with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                key += row["verdict"] == "accepted"
-                if every or row["verdict"] == "accepted":
-                    yield row | {"part": path, "file": key if records else row["file"]}
+            yield from (row for row in csv.DictReader(file) if row["verdict"] in verdicts)
 
 
-def merge_records(out, parts, size):
-    """Joins the records of all parts into InsightFace's train.rec, train.idx and property."""
-    people, end = {}, 1                                         # identity: first key, key after its last
-    for row in stored(parts, records=True):
-        end = row["file"] + 1
-        people[row["identity"]] = people.get(row["identity"], (row["file"],))[0], end
+def write_records(out, rows, label_of, size):
+    """Packs the pictures of `rows` as InsightFace's train.rec, train.idx, property; label_of(name) is an int.
+
+    Record 0 says which keys at the end list the people, and those say from which key to which each one's are.
+    """
+    people, last = {}, 0                                        # identity: first key, key after its last
     with open(out / "train.rec.tmp", "wb") as rec, open(out / "train.idx.tmp", "w") as index:
-        def put(key, record):
+        def put(key, labels, image=b""):
             index.write(f"{key}\t{rec.tell()}\n")
-            rec.write(record)
-        put(0, pack_record(0, (end, end + len(people))))                # says which keys list the people
-        for path, rows in itertools.groupby(stored(parts, records=True), lambda row: row["part"]):
-            with open(path.with_suffix(".rec"), "rb") as file:
-                for row in rows:
-                    put(row["file"], file.read(int(row["bytes"])))
-        for key, keys in enumerate(people.values(), end):
-            put(key, pack_record(key, keys))
+            rec.write(pack_record(key, labels, image))
+        put(0, (0, 0))
+        for last, row in enumerate(rows, 1):
+            people.setdefault(row["identity"], [last, last])[1] = last + 1
+            put(last, [label_of(row["identity"])], (out / row["file"]).read_bytes())
+        for key, keys in enumerate(people.values(), last + 1):
+            put(key, keys)
+        rec.seek(0)
+        rec.write(pack_record(0, (last + 1, last + 1 + len(people))))
     for name in ("train.rec", "train.idx"):
         os.replace(out / f"{name}.tmp", out / name)
     replace_file(out / "property", lambda path: path.write_text(f"{len(people)},{size},{size}\n"))
@@ -131,22 +128,31 @@ def merge_records(out, parts, size):
 
 def write_audit(path, parts, rules):
     """Writes audit.json, each rejected picture as it comes by; returns the rest: rules, counts, means."""
-    counts, sums = Counter(accepted=0, leak=0, identity=0, left_out=0), Counter(cos_own=0, cos_nearest_real=0)
+    counts, means, comma = Counter(accepted=0, leak=0, identity=0, left_out=0), Counter(), ""
     with open(f"{path}.tmp", "w") as file:
         file.write('{"rejected_pictures": [')
-        for row in stored(parts, every=True):
-            if row["verdict"] == "accepted":
-                sums.update({key: float(row[key]) for key in sums})
-            else:
-                file.write(",\n" * (counts["leak"] + counts["identity"] > 0) + json.dumps(
-                    {key: row[key] for key in ("identity", "index", "attempt", "verdict", *COLUMNS[-3:])}))
-                counts["left_out"] += int(row["attempt"]) == ATTEMPTS - 1
+        for row in stored(parts, VERDICTS):
             counts[row["verdict"]] += 1
-        summary = rules | counts | {"drawn": counts.total() - counts["left_out"]} | {
-            f"mean_{key}": value / max(1, counts["accepted"]) for key, value in sums.items()}
+            if row["verdict"] == "accepted":
+                means.update({f"mean_{key}": float(row[key]) for key in ("cos_own", "cos_nearest_real")})
+            else:
+                counts["left_out"] += int(row["attempt"]) == ATTEMPTS - 1
+                file.write(comma + json.dumps({key: row[key] for key in row if key != "file"}))
+                comma = ",\n"
+        summary = rules | counts | {key: total / counts["accepted"] for key, total in means.items()}
+        summary["drawn"] = counts["accepted"] + counts["leak"] + counts["identity"]
         file.write("],\n" + json.dumps(summary, indent=1)[1:])
     os.replace(f"{path}.tmp", path)
     return summary
+
+
+def tidy(out, form):
+    """Removes from a complete set what only its making needed."""
+    for entry in [*out.iterdir()]:
+        if entry.is_dir() and (entry.name == "parts" or form == "rec"):         # people are in the records
+            shutil.rmtree(entry)
+    for stray in out.rglob("*.tmp"):                                    # of a process that was killed
+        stray.unlink()
 
 
 CARD = """# {accepted} pictures of {people} {kind} people
@@ -176,10 +182,11 @@ def main():
     args.fr = args.fr or meta["fr"]
     args.out = args.out or ("runs/real-aug" if args.real_to else "runs/virtual")
     batch = args.batch = args.batch or (256 if device.type == "cuda" else 64)
-    dit = build(DiT, DiTConfig, meta, part(tensors, "dit"), args.dit).to(device).eval().requires_grad_(False)
+    dit = build(DiT, DiTConfig, meta, part(tensors, "dit"), args.dit).to(device).eval()
     backbone, prototypes, fr = load_recogniser(args.fr, device)
     n, k, W, S = len(prototypes.real), len(prototypes.virtual), prototypes.unit(), dit.cfg.size
     landmarks, owners = tensors["poses.landmarks"], tensors["poses.rows"]
+    name_of = lambda row: fr["names"][row] if row < n else f"v{row - n:06d}"
     if (S, dit.cfg.dim) != (backbone.cfg.size, backbone.cfg.dim):
         fail(f"{args.dit} draws {S} px for {dit.cfg.dim}-d prototypes, {args.fr} has {backbone.cfg.size} px "
              f"and {backbone.cfg.dim}-d; name the recogniser this DiT was trained with")
@@ -190,10 +197,7 @@ def main():
         fail("--per-id, --steps, --batch and --quality: expected 1 or more of each")
     if "strangers" not in fr:
         fail(f"{args.fr}: its training is not finished; run its fr_train.py command again")
-
-    # Whom to draw how often, by row of W, in chunks of whole people; a rank finishes one after another.
-    name_of = lambda row: fr["names"][row] if row < n else f"v{row - n:06d}"
-    wanted = {n + i: args.per_id for i in range(args.virtual)}
+    wanted = {n + i: args.per_id for i in range(args.virtual)}          # whom to draw how often, by row of W
     if args.real_to:
         have = torch.bincount(owners, minlength=n).tolist()
         wanted = {row: args.real_to - count for row, count in enumerate(have) if 0 < count < args.real_to}
@@ -201,28 +205,22 @@ def main():
             fail(f"--real-to {args.real_to}: everybody has as many images; give more")
         if args.format == "rec" and not all(name_of(row).isdigit() for row in wanted):
             fail("--format rec: records number people, and these have names; give --format jpg")
-    chunks, full = [], True
-    for row in wanted:
-        if full:
-            chunks.append([])
-        chunks[-1].append(row)
-        full = sum(wanted[row] for row in chunks[-1]) >= CHUNK * batch
+
+    # Chunks of whole people; a rank finishes one after another, and each is a part of the manifest.
+    people = max(1, CHUNK * batch * len(wanted) // sum(wanted.values()))
+    chunks = [list(wanted)[at:at + people] for at in range(0, len(wanted), people)]
     out = Path(args.out)
     parts = [out / "parts" / f"{number:06d}.csv" for number in range(len(chunks))]
-
     digest = lambda folder: hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
     settings = vars(args) | {"out": "", "dit_sha256": digest(args.dit), "fr_sha256": digest(args.fr)}
     if (out / "run.json").is_file():
-        for key, value in json.loads((out / "run.json").read_text()).items():
-            if settings.get(key) != value:
-                fail(f"{out}: this set was started with {key} = {value}, now {settings.get(key)}; give the "
-                     "same settings or another --out")
+        with reading(out / "run.json", "the settings of a set"):
+            same_settings(out / "run.json", json.loads((out / "run.json").read_text()), settings)
     elif out.is_dir() and any(not entry.name.startswith(("run.json", "parts")) for entry in out.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
     if (out / "manifest.csv").is_file():
-        shutil.rmtree(out / "parts", ignore_errors=True)
-        print(f"{out / 'manifest.csv'}: already complete")
-        return
+        tidy(out, args.format)
+        return print(f"{out / 'manifest.csv'}: already complete")
     replace_file(out / "run.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
     claim(out / "parts" / f"rank-{rank}")
 
@@ -243,6 +241,8 @@ def main():
 
     def audit(images, jobs):
         """Scores (B, 3): own cosine, nearest real one, quality; and (B,) each: near a real person, astray."""
+        if args.no_audit:
+            return [[math.nan] * 3] * len(jobs), [False] * len(jobs), [False] * len(jobs)
         f = embed(backbone, images, batch, unit=False) / 2
         rows = torch.tensor([row for row, *_ in jobs], device=device)
         own, real, near, astray = judged(F.normalize(f), W, n, rows, max_real)
@@ -250,12 +250,9 @@ def main():
         scores = torch.stack([own, real, prototypes.quality(f)[:, 0]], 1)
         return scores.tolist(), near.tolist(), astray.tolist()
 
-    def save(name, image):
-        """The picture's JPEG: as a file, or returned for a record."""
-        to_pil_image(image).save(buffer := io.BytesIO(), "JPEG", quality=args.quality, subsampling=0)
-        if args.format == "jpg":
-            replace_file(out / name, lambda path: path.write_bytes(buffer.getvalue()))
-        return buffer.getvalue()
+    def save(path, image):
+        replace_file(path, lambda temporary: to_pil_image(image).save(
+            temporary, "JPEG", quality=args.quality, subsampling=0))
 
     max_real = fr["strangers"] if args.max_real is None else args.max_real
     probe = [(row, 0, 0, poses_of(row)[0]) for row in list(wanted)[::-(-len(wanted) // 64)]]
@@ -268,62 +265,51 @@ def main():
         for number in todo:
             queue = [(row, i, 0, pose) for row in chunks[number] for i, pose in enumerate(poses_of(row))]
             rows, writing = [], []
-            while queue:
-                jobs, queue = queue[:batch], queue[batch:]
-                images, unjudged = draw(jobs), ([[math.nan] * 3] * batch, [False] * batch, [False] * batch)
-                scores, near, astray = unjudged if args.no_audit else audit(images, jobs)
-                for _, written in writing[:-batch]:             # encoding lags a batch behind, no more
+            while queue or writing:
+                jobs, queue, drawn = queue[:batch], queue[batch:], []
+                if jobs:
+                    images = draw(jobs)
+                    drawn = zip(jobs, images.cpu(), *audit(images, jobs))
+                for written in writing:                         # encoding lags a batch behind, no more
                     written.result()
-                for job, image, score, leaks, strays in zip(jobs, images.cpu(), scores, near, astray):
-                    (row, i, attempt, pose), name = job, name_of(job[0])
-                    verdict = "leak" if leaks else "identity" if strays and strict else "accepted"
-                    rows.append([f"{name}/{i:04d}.jpg", name, i, attempt, args.seed, pose,
-                                 *map("{:.4f}".format, score), verdict])
+                writing = []
+                for (row, i, attempt, pose), image, scores, near, astray in drawn:
+                    verdict = "leak" if near else "identity" if astray and strict else "accepted"
+                    file = f"{name_of(row)}/{i:04d}.jpg"
+                    rows.append([file, name_of(row), i, attempt, args.seed, pose,
+                                 *map("{:.4f}".format, scores), verdict])
                     if verdict == "accepted":
-                        writing.append((len(rows) - 1, pool.submit(save, rows[-1][0], image)))
+                        writing.append(pool.submit(save, out / file, image))
                         progress.update()
                     elif attempt + 1 < ATTEMPTS:
                         queue.append((row, i, attempt + 1, pose))
-            jpegs = {i: written.result() for i, written in writing}
-            order = sorted(range(len(rows)), key=lambda i: (rows[i][1], rows[i][2], rows[i][3]))
-            if args.format == "rec":            # labels are rows of W: virtual people follow on the real ones
-                label = lambda name: int(name) if args.real_to else n + int(name[1:])
-                jpegs = {i: pack_record(0, [label(rows[i][1])], jpeg) for i, jpeg in jpegs.items()}
-                replace_file(parts[number].with_suffix(".rec"), lambda path: path.write_bytes(
-                    b"".join(jpegs[i] for i in order if i in jpegs)))
-            write_csv(parts[number], [*COLUMNS, "verdict", "bytes"],
-                      ([*rows[i], len(jpegs.get(i, b""))] for i in order))
+            write_csv(parts[number], [*COLUMNS, "verdict"], sorted(rows, key=lambda row: row[1:4]))
 
     # Whoever is last joins the parts, in order; the manifest comes last and says that the set is complete.
     if not all(path.is_file() for path in parts) or claim(out / "parts", wait=False) is None:
-        print(f"rank {rank} of {world} has drawn its share of {out}")
-        return
-    records = args.format == "rec"
+        return print(f"rank {rank} of {world} has drawn its share of {out}")
+    rule = "off" if args.no_audit else "enforced" if strict else "reported"
     summary = write_audit(out / "audit.json", parts, {
-        "audit": not args.no_audit, "max_real": max_real, "min_own": args.min_own,
-        "identity_rule": "enforced" if strict else "reported", "own_nearest_in_probe": own_nearest})
+        "max_real": max_real, "min_own": args.min_own, "identity_rule": rule,
+        "own_nearest_in_probe": own_nearest})
     if not summary["accepted"]:
         fail(f"{out}: every picture was rejected, see audit.json; train longer, or set --max-real, --min-own")
-    if records:
-        merge_records(out, parts, S)
-    write_landmarks(out / "landmarks.csv", ((row["file"], S * landmarks[int(row["landmarks_from"])])
-                                            for row in stored(parts, records=records)))
-    grid, row_of = [], {name_of(row): row for row in wanted}
-    for name, line in itertools.islice(itertools.groupby(stored(parts), lambda row: row["identity"]), 8):
-        line = list(line)
-        line = line[::-(-len(line) // 8)]
-        images = draw([(row_of[name], *(int(row[key]) for key in ("index", "attempt", "landmarks_from")))
-                       for row in line]).cpu()
-        grid.append([(image, row["cos_own"][:-2]) for image, row in zip(images, line)])
+    grid = [[(read_image(out / row["file"])[0], row["cos_own"][:-2]) for row in line]
+            for line in (list(line)[:8] for _, line in itertools.islice(
+                itertools.groupby(stored(parts), lambda row: row["identity"]), 8))]
     contact_sheet(out / "grid.jpg", grid)
+    if args.format == "rec":                # labels are rows of W: virtual people follow on the real ones
+        write_records(out, stored(parts), lambda name: int(name) if args.real_to else n + int(name[1:]), S)
+    files = lambda: ((key if args.format == "rec" else row["file"], row) for key, row in
+                     enumerate(stored(parts), 1))
+    write_landmarks(out / "landmarks.csv",
+                    ((file, S * landmarks[int(row["landmarks_from"])]) for file, row in files()))
     replace_file(out / "README.md", lambda path: path.write_text(CARD.format(
         **settings | summary, people=len(wanted), size=S,
         kind="real" if args.real_to else "virtual", command=shlex.join(["python", *sys.argv]))))
-    write_csv(out / "manifest.csv", COLUMNS, ([row[key] for key in COLUMNS]
-                                              for row in stored(parts, records=records)))
-    shutil.rmtree(out / "parts")
-    for stray in out.rglob("*.tmp"):                                    # of a process that was killed
-        stray.unlink()
+    write_csv(out / "manifest.csv", COLUMNS, ([file, *(row[key] for key in COLUMNS[1:])]
+                                              for file, row in files()))
+    tidy(out, args.format)
     print(f"{summary['accepted']} images of {len(wanted)} people in {out}; mean cosine to the own prototype "
           f"{summary['mean_cos_own']:.3f}, to the nearest real one {summary['mean_cos_nearest_real']:.3f}; "
           f"rejected {summary['leak']} as too near a real person, {summary['identity']} as somebody else; "

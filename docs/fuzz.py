@@ -171,11 +171,11 @@ def safetensors():
 
 def pth():
     content = pickle.dumps(Payload()) if rng.random() < 0.05 else damage(weights)
-    model.load_detector(write("w.pth", content), torch.device("cpu"))
+    model.load_published(model.RetinaFace(), write("w.pth", content))
 
 
 def published():
-    model.load_backbone(write("w.pth", damage(recogniser)), backbone)
+    model.load_published(backbone, write("w.pth", damage(recogniser)))
 
 
 def resume():

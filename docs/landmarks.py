@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Faces, contact_sheet, crop_landmarks
-from model import load_detector
+from data import Faces, contact_sheet, crop_landmarks, load_detector
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-faces, detector = Faces([sys.argv[1]]), load_detector(sys.argv[2], device)
+faces, detector = Faces([sys.argv[1]]), load_detector(sys.argv[2], None, device)
 chosen = torch.arange(0, len(faces), int((sys.argv[3:] or [1])[0]))
 start, points, known = time.time(), [], []
 for images, i in faces.loader(chosen.split(64)):
