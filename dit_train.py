@@ -111,7 +111,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         with autocast(device):
-            v_loss, identity_loss = dit_loss(fast, fast_backbone, x, W[rows_of[labels]], landmarks)
+            v_loss, identity_loss = dit_loss(fast, fast_backbone, x, W[rows_of[labels]], landmarks,
+                                             prototypes.sigma2)
         (v_loss + args.identity_weight * identity_loss).backward()
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()

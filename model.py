@@ -253,7 +253,12 @@ def virtual_batch_size(step, k, b_real, n):
     return (step + 1) * k * b_real // n - step * k * b_real // n
 
 
-def vigface_loss(f, labels, prototypes, b_virtual, head="arcface"):
+def around(w, sigma2, scale=1.0):
+    """Virtual embeddings (B, D) of prototypes w: w + N(0, 1) sigma, as real ones spread, of unit length."""
+    return F.normalize(w + scale * torch.randn_like(w) * sigma2.sqrt())
+
+
+def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0):
     """The margin loss over real embeddings f (B, D) and b_virtual virtual ones: real, virtual, quality.
 
     Virtual embeddings f'_j = w_v^j + N(0, 1) sigma carry the spread of real ones (sigma^2 by EMA, alpha =
@@ -261,7 +266,7 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface"):
     prototypes are updated. Real embeddings meet the virtual prototypes as negatives, so the backbone keeps
     clear of them. paper: normalisation unstated; here: f and w on the unit sphere before sigma and f',
     because there the margin acts. paper: one loss over both batches; here: both sums over b_r, because a mean
-    over b_r + b_v would shrink the backbone's step as k grows.
+    over b_r + b_v would shrink the backbone's step as k grows. ramp, 0 to 1, scales the margin.
     """
     with torch.autocast(f.device.type, enabled=False):
         f, n = f.float(), len(prototypes.real)
@@ -269,18 +274,18 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface"):
         real, virtual = F.normalize(prototypes.real), F.normalize(prototypes.virtual)
         with torch.no_grad():
             prototypes.sigma2.lerp_((unit - real[labels]).square().mean(0), 0.1)
-        margin = arcface if head == "arcface" else adaface
+        margin, m = (arcface, 0.5 * ramp) if head == "arcface" else (adaface, 0.4 * ramp)
         scaler = [] if head == "arcface" else [norm_scaler(f, prototypes)]
         cos = unit @ torch.cat([real, virtual]).T                               # (B, n + k)
-        logits = margin(cos, labels, *scaler)
+        logits = margin(cos, labels, *scaler, margin=m)
         loss, quality = F.cross_entropy(logits, labels), quality_loss(f, cos[:, :n], labels, prototypes)
         if not b_virtual:
             return loss, torch.zeros_like(loss), quality
         j = torch.randint(len(virtual), (b_virtual,), device=f.device)
-        drawn = F.normalize(virtual[j] + torch.randn_like(virtual[j]) * prototypes.sigma2.sqrt())   # (b_v, D)
+        drawn = around(virtual[j], prototypes.sigma2)                           # (b_v, D)
         cos = drawn @ torch.cat([real.detach(), virtual]).T                     # (b_v, n + k)
         scaler = [torch.zeros_like(cos[:, :1])] * len(scaler)         # an invented embedding: average quality
-        logits = margin(cos, n + j, *scaler)
+        logits = margin(cos, n + j, *scaler, margin=m)
         return loss, F.cross_entropy(logits, n + j, reduction="sum") / len(f), quality
 
 
@@ -414,14 +419,17 @@ def signal_noise(t):
     return angle.cos(), angle.sin()
 
 
-def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
+def dit_loss(dit, backbone, x, w, landmarks, sigma2, drop=0.1):
     """Stage 2's two losses on images x (B, 3, S, S) of people w (B, D): MSE of v, squared identity distance.
 
-    t is logit-normal (Esser et al. 2024). w becomes zeros with probability `drop`, so that guidance has an
+    t is logit-normal (Esser et al. 2024). paper: conditioned on the prototype; here: on points around it, up
+    to as far as embeddings spread, because a code book of prototypes says little of what lies between them
+    (own cosine of virtual people 0.35, with the spread 0.39; docs/measurements.md). w becomes zeros with probability `drop`, so that guidance has an
     unconditional model. The identity loss |f(x0_hat) / |f| - w|^2 is weighted by a^2 = SNR / (1 + SNR): near
     t = 1 x0_hat is an average face on which f means nothing, and there its gradient would only draw texture.
     It is zero where w was dropped: nobody was asked for.
     """
+    w = around(w, sigma2, torch.rand(len(x), 1, device=x.device))
     t = torch.randn(len(x), device=x.device).sigmoid()
     keep = (torch.rand(len(x), device=x.device) >= drop).float()
     a, s = signal_noise(t)

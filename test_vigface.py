@@ -229,7 +229,7 @@ def test_sigma_against_a_naive_moving_average():
 
 def test_virtual_embeddings_spread_as_sigma_says(monkeypatch):
     seen = []
-    monkeypatch.setattr(model, "arcface", lambda cos, labels: seen.append(cos) or cos)
+    monkeypatch.setattr(model, "arcface", lambda cos, labels, margin: seen.append(cos) or cos)
     prototypes = model.Prototypes(4, 1, 512)
     f = F.normalize(prototypes.real.detach()) + 0.02 * torch.randn(4, 512)  # own cosine about 0.91
     for _ in range(60):
@@ -315,11 +315,11 @@ def test_losses_of_a_perfect_dit(monkeypatch):
     x = torch.rand(64, 3, 8, 8) * 2 - 1
     backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 16))
     w = F.normalize(backbone(x)).detach()
-    v_loss, identity_loss = model.dit_loss(Oracle(x), backbone, x, w, None)
+    v_loss, identity_loss = model.dit_loss(Oracle(x), backbone, x, w, None, torch.zeros(16))
     assert v_loss < 1e-6 and identity_loss < 1e-6
-    _, opposite = model.dit_loss(Oracle(x), backbone, x, -w, None, drop=0)  # |f + f|^2 = 4, times a^2
+    _, opposite = model.dit_loss(Oracle(x), backbone, x, -w, None, torch.zeros(16), drop=0)     # 4 times a^2
     assert 1.5 < opposite < 2.5                                     # t is symmetric about 1/2: mean a^2 = 1/2
-    _, nobody = model.dit_loss(Oracle(x), backbone, x, -w, None, drop=1)
+    _, nobody = model.dit_loss(Oracle(x), backbone, x, -w, None, torch.zeros(16), drop=1)
     assert nobody == 0
 
 
@@ -330,9 +330,9 @@ def test_prototype_is_dropped_as_often_as_asked():
         seen.append(w)
         return x
     x, w = torch.randn(2000, 3, 2, 2), torch.ones(2000, 4)
-    model.dit_loss(spy, lambda x: x.flatten(1)[:, :4], x, w, None)
+    model.dit_loss(spy, lambda x: x.flatten(1)[:, :4], x, w, None, torch.zeros(4))
     dropped = (seen[0] == 0).all(1)
-    assert 0.07 < dropped.float().mean() < 0.13 and (seen[0][~dropped] == 1).all()
+    assert 0.07 < dropped.float().mean() < 0.13 and (seen[0][~dropped] == 0.5).all()
 
 
 def test_solver_recovers_a_gaussian():

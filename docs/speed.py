@@ -94,11 +94,12 @@ def stage2(arch, batch):
     optimizer = torch.optim.AdamW(dit.parameters(), fused=True)
     x, landmarks = torch.randn(batch, 3, 112, 112, device=device), torch.rand(batch, 5, 2, device=device)
     w = torch.nn.functional.normalize(torch.randn(batch, 512, device=device))
+    sigma2 = torch.full((512,), 1e-3, device=device)
     fast, fast_backbone = (torch.compile(dit), torch.compile(backbone)) if gpu else (dit, backbone)
 
     def step(fast=fast, fast_backbone=fast_backbone):
         with torch.autocast(device.type, torch.bfloat16):
-            v_loss, identity_loss = dit_loss(fast, fast_backbone, x, w, landmarks)
+            v_loss, identity_loss = dit_loss(fast, fast_backbone, x, w, landmarks, sigma2)
         (v_loss + 0.05 * identity_loss).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
