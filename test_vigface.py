@@ -1,5 +1,6 @@
 """Run with `python -m pytest -q`: formulas against naive ones, invariants, scripts as users run them."""
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -225,6 +226,41 @@ def test_sigma_against_a_naive_moving_average():
             squares.append((x / np.linalg.norm(x) - w / np.linalg.norm(w)) ** 2)
         naive = 0.9 * naive + 0.1 * np.mean(squares, 0)
     assert np.allclose(prototypes.sigma2.numpy(), naive, atol=1e-6)
+
+
+@pytest.mark.parametrize("head, margin", [("arcface", 0.5), ("adaface", 0.4)])
+def test_the_ramp_scales_the_margin(head, margin):
+    f, labels, prototypes = torch.randn(6, 8), torch.arange(6) % 5, model.Prototypes(5, 4, 8)
+    cos = F.normalize(f) @ prototypes.unit().T
+    for ramp in (0.0, 0.3, 1.0):
+        scaler = [] if head == "arcface" else [model.norm_scaler(f, copy.deepcopy(prototypes))]
+        logits = getattr(model, head)(cos, labels, *scaler, margin=ramp * margin)
+        real, _, _ = model.vigface_loss(f, labels, prototypes, 0, head, ramp)
+        assert real.item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert ramp == 1 and real > F.cross_entropy(64 * cos, labels)
+
+
+def test_points_around_a_prototype_spread_as_far_as_asked():
+    w, sigma2 = F.normalize(torch.randn(500, 64)), torch.full((64,), 0.004)
+    near, far = model.around(w, sigma2, 0.5), model.around(w, sigma2)
+    for points, scale in ((near, 0.5), (far, 1.0)):
+        assert torch.allclose(points.norm(dim=1), torch.ones(500), atol=1e-5)
+        expected = (1 + scale ** 2 * 64 * 0.004) ** -0.5                # the noise is orthogonal to w, nearly
+        assert (points * w).sum(1).mean().item() == pytest.approx(expected, abs=0.01)
+    assert torch.allclose(model.around(w, 0 * sigma2), w, atol=1e-6)
+
+
+def test_the_dit_sees_points_around_the_prototype_and_is_judged_by_them():
+    seen = []
+
+    def spy(x, t, w, landmarks):
+        seen.append(w)
+        return x
+    w = F.normalize(torch.randn(400, 16))
+    model.dit_loss(spy, lambda x: x.flatten(1)[:, :16], torch.randn(400, 3, 4, 4), w, None,
+                   torch.full((16,), 0.05), drop=0)
+    cosine = (seen[0] * w).sum(1)                       # spread by u sigma, u even from 0 to 1
+    assert cosine.max() > 0.999 and 0.4 < cosine.min() < 0.8 and 0.85 < cosine.mean() < 0.97
 
 
 def test_virtual_embeddings_spread_as_sigma_says(monkeypatch):
@@ -1288,7 +1324,7 @@ def bad_input(case, root):
     if case == "no landmarks":
         folder(root, 2, 2, landmarks=False)
         here("fr_train.py", "--data", root, "--out", root / "fr", "--epochs", 1, "--batch", 2, cwd=root)
-        return ("dit_train.py", "--fr", root / "fr", "--weights", root / "w.pth"), "w.pth: expected published weights"
+        return ("dit_train.py", "--fr", root / "fr", "--weights", root / "w.pth"), "w.pth: expected published"
     if case == "people nobody knows":
         folder(root, 30, 1)
         return ("dit_train.py", "--data", root), "have no prototype"
