@@ -146,15 +146,6 @@ def write_audit(path, parts, rules):
     return summary
 
 
-def tidy(out, form):
-    """Removes from a complete set what only its making needed."""
-    for entry in [*out.iterdir()]:
-        if entry.is_dir() and (entry.name == "parts" or form == "rec"):         # people are in the records
-            shutil.rmtree(entry)
-    for stray in out.rglob("*.tmp"):                                    # of a process that was killed
-        stray.unlink()
-
-
 CARD = """# {accepted} pictures of {people} {kind} people
 
 Drawn by VIGFace, {size} x {size} pixels: a Diffusion Transformer draws the person that a prototype of a face
@@ -218,8 +209,16 @@ def main():
             same_settings(out / "run.json", json.loads((out / "run.json").read_text()), settings)
     elif out.is_dir() and any(not entry.name.startswith(("run.json", "parts")) for entry in out.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
+
+    def tidy():
+        """Removes what only the making needed; the pictures too, if they are in records now."""
+        for name in ["parts", *(map(name_of, wanted) if args.format == "rec" else [])]:
+            shutil.rmtree(out / name, ignore_errors=True)
+        for stray in out.rglob("*.tmp"):                                # of a process that was killed
+            stray.unlink()
+
     if (out / "manifest.csv").is_file():
-        tidy(out, args.format)
+        tidy()
         return print(f"{out / 'manifest.csv'}: already complete")
     replace_file(out / "run.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
     claim(out / "parts" / f"rank-{rank}")
@@ -309,7 +308,7 @@ def main():
         kind="real" if args.real_to else "virtual", command=shlex.join(["python", *sys.argv]))))
     write_csv(out / "manifest.csv", COLUMNS, ([file, *(row[key] for key in COLUMNS[1:])]
                                               for file, row in files()))
-    tidy(out, args.format)
+    tidy()
     print(f"{summary['accepted']} images of {len(wanted)} people in {out}; mean cosine to the own prototype "
           f"{summary['mean_cos_own']:.3f}, to the nearest real one {summary['mean_cos_nearest_real']:.3f}; "
           f"rejected {summary['leak']} as too near a real person, {summary['identity']} as somebody else; "
