@@ -623,7 +623,12 @@ def align(photos, out, detector, device, size=112, face="largest", min_face=40):
     pixels are listed in rejected.csv. Those that are in it or in landmarks.csv are dealt with: the same
     command goes on after them.
     """
-    photos, out, held = Path(photos), Path(out), claim(out)
+    photos, out = Path(photos), Path(out)
+    names = [path.relative_to(photos).as_posix() for path in sorted(photos.glob("*/*"))
+             if path.suffix.lower() in PHOTOGRAPHS]
+    if not names:
+        fail(f"{photos}: no photographs; expected identity/photo.jpg, .png, .webp, .bmp or .tif")
+    held = claim(out)
     crop_of = lambda name: name if name.lower().endswith(".jpg") else f"{name}.jpg"
     paths, done = (out / "landmarks.csv", out / "rejected.csv"), []
     for path, header in zip(paths, (LANDMARKS_HEADER, ["file", "reason"])):
@@ -656,10 +661,6 @@ def align(photos, out, detector, device, size=112, face="largest", min_face=40):
         replace_file(out / crop_of(name), lambda path: crop.save(path, "JPEG", quality=95, subsampling=0))
         return landmarks_row(crop_of(name), landmarks)
 
-    names = [path.relative_to(photos).as_posix() for path in sorted(photos.glob("*/*"))
-             if path.suffix.lower() in PHOTOGRAPHS]
-    if not names:
-        fail(f"{photos}: no photographs; expected identity/photo.jpg, .png, .webp, .bmp or .tif")
     todo = [name for name in names if crop_of(name) not in done[0] and name not in done[1]]
     with ThreadPoolExecutor() as pool, open(paths[0], "a", newline="") as good, \
             open(paths[1], "a", newline="") as bad:

@@ -293,9 +293,11 @@ def main():
         "own_nearest_in_probe": own_nearest})
     if not summary["accepted"]:
         fail(f"{out}: every picture was rejected, see audit.json; train longer, or set --max-real, --min-own")
-    grid = [[(read_image(out / row["file"])[0], row["cos_own"][:-2]) for row in line]
-            for line in (list(line)[:8] for _, line in itertools.islice(
-                itertools.groupby(stored(parts), lambda row: row["identity"]), 8))]
+    grid = []
+    for _, line in itertools.islice(itertools.groupby(stored(parts), lambda row: row["identity"]), 8):
+        line = list(line)
+        grid.append([(read_image(out / row["file"])[0], f"{float(row['cos_own']):.2f}")
+                     for row in line[::-(-len(line) // 8)]])            # eight poses, over all yaws
     contact_sheet(out / "grid.jpg", grid)
     if args.format == "rec":                # labels are rows of W: virtual people follow on the real ones
         write_records(out, stored(parts), lambda name: int(name) if args.real_to else n + int(name[1:]), S)

@@ -64,8 +64,8 @@ for name, image in zip(names, images):
 data.write_landmarks(root / "faces/landmarks.csv", zip(names, 32 * points))
 data.write_bin(root / "faces/held.bin", (255 * images).to(torch.uint8).view(24, 4, 3, 32, 32), 100,
                torch.Generator().manual_seed(0))
-stages = {"fr": "fr_train.py --data faces --epochs 250 --batch 32 --out {}/fr",
-          "dit": "dit_train.py --fr whole/fr --steps 60 --batch 8 --preview 3 --out {}/dit",
+stages = {"fr": "fr_train.py --data faces --epochs 120 --batch 32 --out {}/fr",
+          "dit": "dit_train.py --fr whole/fr --steps 20 --batch 8 --preview 4 --out {}/dit",
           "virtual": "sample.py --dit whole/dit --virtual 20 --batch 2 --max-real 2 --out {}/virtual",
           "report": "evaluate.py --fr whole/fr --datasets whole/virtual --out {}/report"}
 for stage, line in stages.items():
