@@ -1,4 +1,4 @@
-"""Kills, starves and crowds the four scripts on a small drawn set: python docs/faults.py [KILLS [SEED [STAGE]]]
+"""Kills, starves and crowds the scripts on a small drawn set: python docs/faults.py [KILLS [SEED [STAGE]]]
 
 Each script is killed (SIGKILL) KILLS times, at random moments, and started again each time, in a new folder
 when it came to its end; what it leaves then must equal, byte for byte, what a run leaves that nobody touched.
@@ -91,8 +91,8 @@ for stage, line in stages.items():
         process.communicate()
         for path in (root / "cut").rglob("*.jpg"):                      # never half a picture
             data.read_image(path)
-    check(f"{stage}: killed {hit} times, a life of {length:.0f} s; {ended} ends as if never killed", not differ,
-          sorted(differ)[:3])
+    check(f"{stage}: killed {hit} times, a life of {length:.0f} s; {ended} ends as if never killed",
+          not differ, sorted(differ)[:3])
     if sys.argv[3:]:
         sys.exit(len(bad))
 
