@@ -58,9 +58,9 @@ def to_uint8(images):
 
 
 def autocast(device):
-    """bf16 autocast where bf16 is fast: every CUDA GPU, and CPUs with AMX; plain fp32 elsewhere."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or amx())
+    """bf16 autocast where bf16 is fast: CUDA GPUs, and CPUs with AVX512-BF16 or AMX; plain fp32 elsewhere."""
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)       # CPUs with AMX have it too
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or fast())
 
 
 def forward_flops(module, *inputs):
