@@ -197,8 +197,14 @@ class Prototypes(nn.Module):
         self.register_buffer("norm_std", torch.tensor(100.0))           # published before the first step
 
     def unit(self):
-        """All prototypes on the unit sphere, (n + k, D), real ones first."""
-        return F.normalize(torch.cat([self.real, self.virtual]))
+        """All prototypes on the unit sphere, (n + k, D), real ones first.
+
+        paper: virtual prototypes are free vectors; here: seen through the second moment of the real ones, so
+        that they lie where faces do. Free ones flee to directions that no face has, where nobody can be drawn
+        (own cosine of samples 0.39; so, 0.87). For them real prototypes are held fixed.
+        """
+        real = F.normalize(self.real)
+        return torch.cat([real, F.normalize(self.virtual @ (real.T @ real).detach())])
 
 
 def arcface(cos, labels, scale=64.0, margin=0.5):
@@ -271,12 +277,13 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0):
     with torch.autocast(f.device.type, enabled=False):
         f, n = f.float(), len(prototypes.real)
         unit = F.normalize(f, eps=0.01)                          # an embedding of no length: no huge gradient
-        real, virtual = F.normalize(prototypes.real), F.normalize(prototypes.virtual)
+        W = prototypes.unit()
+        real, virtual = W[:n], W[n:]
         with torch.no_grad():
             prototypes.sigma2.lerp_((unit - real[labels]).square().mean(0), 0.1)
         margin, m = (arcface, 0.5 * ramp) if head == "arcface" else (adaface, 0.4 * ramp)
         scaler = [] if head == "arcface" else [norm_scaler(f, prototypes)]
-        cos = unit @ torch.cat([real, virtual]).T                               # (B, n + k)
+        cos = unit @ W.T                                                        # (B, n + k)
         logits = margin(cos, labels, *scaler, margin=m)
         loss, quality = F.cross_entropy(logits, labels), quality_loss(f, cos[:, :n], labels, prototypes)
         if not b_virtual:

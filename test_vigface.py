@@ -215,6 +215,19 @@ def test_real_embeddings_meet_virtual_prototypes_as_negatives():
     assert prototypes.virtual.grad.abs().sum() > 0 and prototypes.real.grad.abs().sum() > 0
 
 
+def test_virtual_prototypes_lie_where_real_ones_do():
+    prototypes = model.Prototypes(40, 30, 8)
+    with torch.no_grad():
+        prototypes.real[:, 3:] = 0                                      # faces vary in three ways only
+    for _ in range(20):
+        model.vigface_loss(torch.randn(6, 8), torch.arange(6), prototypes, 20)[1].backward()
+        with torch.no_grad():
+            prototypes.virtual -= 0.01 * prototypes.virtual.grad
+    virtual = prototypes.unit()[40:].detach()
+    assert torch.allclose(virtual.norm(dim=1), torch.ones(30)) and virtual[:, 3:].abs().max() == 0
+    assert (virtual[:, :3].T @ virtual[:, :3]).det() > 0.5              # and spread over all three
+
+
 def test_sigma_against_a_naive_moving_average():
     prototypes, naive = model.Prototypes(3, 2, 4), np.zeros(4)
     for _ in range(5):
