@@ -1215,9 +1215,20 @@ def test_killed_training_continues_to_the_same_weights(pipeline, tmp_path, stage
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_compiled_networks_say_what_plain_ones_say(monkeypatch, capsys):
+    torch.manual_seed(0)
+    net = model.Recogniser(model.FRConfig(32, 16, 16, units=(1, 1, 1, 1))).eval().requires_grad_(False)
+    assert model.compiled(net, CPU, 29_999) is net                      # too few images to repay it
+    x = torch.randn(3, 3, 32, 32)
+    assert torch.allclose(model.compiled(net, CPU, 30_000)(x), net(x), atol=1e-4)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(model.shutil, "which", lambda name: None)
+    assert model.compiled(net, CPU, 30_000) is net and "no C++ compiler" in capsys.readouterr().out
+
+
 def test_an_interrupted_run_says_one_line_and_continues(pipeline, tmp_path):
     """And while it runs nobody else may run there."""
-    line = [HERE / "fr_train.py", "--data", "faces", "--batch", 32, "--epochs", 1500,
+    line = [HERE / "fr_train.py", "--data", "faces", "--batch", 4, "--epochs", 300,
             "--out", tmp_path / "out"]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)               # also under nohup
