@@ -486,7 +486,7 @@ class Faces(Dataset):
     def report(self, bad):
         """Names images that could not be read and are skipped; ends the program if over 1 % are."""
         for i in set(bad) - self.bad:
-            print(f"warning: {self.files[i]}: unreadable image, skipped", file=sys.stderr)
+            tqdm.write(f"warning: {self.files[i]}: unreadable image, skipped", sys.stderr)
         self.bad |= set(bad)
         if len(self.bad) > 0.01 * len(self):
             fail(f"{self.files[min(self.bad)]}: unreadable image, one of {len(self.bad)} in {len(self)}; "

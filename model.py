@@ -28,13 +28,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import Conv2dNormActivation, nms
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------- small helpers
 
 
 def fail(message):
     """Ends the program with one line on stderr and exit code 2: bad input, nothing half-written."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", sys.stderr)                                 # not behind a progress bar
     raise SystemExit(2)
 
 
@@ -601,7 +602,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from what is saved", file=sys.stderr)
+        tqdm.write("interrupted; the same command continues from what is saved", sys.stderr)
         raise SystemExit(130)
     except OSError as error:
         fail(f"{error}; nothing is lost, put it right and give the same command again")

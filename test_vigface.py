@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
 
 import data
 import evaluate
@@ -1213,6 +1214,13 @@ def test_killed_training_continues_to_the_same_weights(pipeline, tmp_path, stage
     assert "continuing" in here(*arguments, "--out", tmp_path / "cut", cwd=cwd)
     whole, cut = (model.load_model(tmp_path / name, stage)[0] for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_an_error_is_not_glued_to_a_progress_bar(capsys):
+    with pytest.raises(SystemExit), tqdm(range(9), "busy") as bar:
+        bar.update()
+        model.fail("no such thing")
+    assert "error: no such thing" in capsys.readouterr().err.replace("\r", "\n").splitlines()
 
 
 def test_compiled_networks_say_what_plain_ones_say(monkeypatch, capsys):

@@ -31,8 +31,9 @@ bad = []
 
 def start(line, where=root, **env):
     script, *flags = line.split()
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)               # to Ctrl-C, also under nohup
     return subprocess.Popen([sys.executable, home / script, *flags], cwd=where, env={**os.environ, **env},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def check(what, good, detail=""):
