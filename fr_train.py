@@ -12,16 +12,14 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Faces, batches, benchmarks
-from evaluate import embed_faces, nearest, pair_distances, verification
-from model import (FR_ARCHS, FRConfig, Prototypes, Recogniser, autocast, claim, compiled, embed, fail,
-                   forward_flops, load_recogniser, peak_flops, reading, resume, run, save_model, save_state,
-                   stop_unless_finite, vigface_loss, virtual_batch_size)
+from data import Faces, batches, open_source, read_benchmark
+from evaluate import nearest, pair_distances, verification
+from model import (FR_ARCHS, MARGINS, Prototypes, Recogniser, autocast, compiled, fail, resume, run, save_model,
+                   save_state, stop_unless_finite, vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -31,10 +29,9 @@ flag("--val", nargs="+", metavar="BIN", help="benchmarks (default: the *.bin bes
 flag("--out", default="runs/fr", metavar="DIR", help="run folder (default: %(default)s)")
 flag("--size", type=int, help="image side in pixels, a multiple of 16 (default: that of the data)")
 flag("--arch", choices=FR_ARCHS, help="network (default: tiny up to 64 pixels, ir_se50 above)")
-flag("--head", choices=["arcface", "adaface"], default="arcface", help="margin (default: %(default)s)")
-flag("--init", metavar="PATH", help="backbone to start from: run folder or published .pth (default: random)")
-flag("--bgr", action="store_true", help="that published backbone reads BGR images (default: RGB)")
+flag("--head", choices=MARGINS, default="arcface", help="margin (default: %(default)s)")
 flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as many as real identities)")
+flag("--free", action="store_true", help="virtual prototypes are free vectors, as in the paper (default: off)")
 flag("--epochs", type=int, help="(default: 26 for ir_se50, 10 for others; more if that is under 1,250 steps)")
 flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for others)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
@@ -61,7 +58,7 @@ def augment(x, p=0.2):
     area, ratio = uniform(0.2, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
     tall, wide = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
     top, left = uniform(0, 1) * (1 - tall), uniform(0, 1) * (1 - wide)
-    box = ((grid[:, None] > top) & (grid[:, None] < top + tall) & (grid > left) & (grid < left + wide))
+    box = (grid[:, None] > top) & (grid[:, None] < top + tall) & (grid > left) & (grid < left + wide)
     x = torch.where(chosen() & ~box, -1.0, x)
     small = F.interpolate(x, size=max(2, int(S * (0.2 + 0.8 * torch.rand(()).item()))), mode="area")
     x = torch.where(chosen(), F.interpolate(small, size=S, mode="bilinear"), x)
@@ -71,60 +68,71 @@ def augment(x, p=0.2):
     return torch.where(chosen(), light.clamp(0, 2) - 1, x)
 
 
+def test(backbone, benchmarks):
+    """A text with the accuracy on each of {name: (images, same)}."""
+    backbone.eval()
+    text = "".join(f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
+                   for name, (images, same) in benchmarks.items())
+    backbone.train()
+    return text
+
+
+def describe_prototypes(W, n):
+    """Says how near prototypes (n + k, D), n of them real, come to each other; loudly if some coincide."""
+    own = torch.arange(len(W), device=W.device)
+    cosines = {"real to other real": nearest(W[:n], W[:n], own[:n])[0],
+               "virtual to any other": nearest(W[n:], W, own[n:])[0] if len(W) > n else None}
+    for name, cosine in cosines.items():
+        if cosine is not None:
+            share = (cosine > 0.9).float().mean()
+            print(f"nearest prototype, {name:20s}  cosine: mean {cosine.mean():.3f}, 99 % below "
+                  f"{cosine.quantile(0.99):.3f}; {share:.1%} coincide (over 0.9)")
+            if share > 0.01:
+                print("WARNING: this recogniser cannot tell these people apart, and no later stage can repair "
+                      "that; lower --lr, or give it cleaner or more data")
+
+
 def main():
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     faces, out = Faces(args.data, args.size), Path(args.out)
-    n, size = len(faces.names), faces.size
+    n, size = len(faces.people), faces.size
     if n < 2:
         fail(f"--data {' '.join(args.data)}: expected two identities or more to tell apart, found {n}")
     if size % 16 or size < 32:
         fail(f"--size {size}: expected a multiple of 16 from 32 on; give --size 32, 48, ... or 112")
-    args.size, args.arch = size, args.arch or ("tiny" if size <= 64 else "ir_se50")
-    k = args.virtual = n if args.virtual is None else args.virtual
+    args.size = size
+    args.arch = args.arch or ("tiny" if size <= 64 else "ir_se50")
     full = args.arch == "ir_se50"
+    k = args.virtual = n if args.virtual is None else args.virtual
     batch = args.batch = min(args.batch or (512 if full else 128), len(faces))
+    if batch < 2:
+        fail(f"--batch {batch}: expected 2 or more; one image has no spread to normalise by")
     per_epoch = len(faces) // batch
     epochs = args.epochs = args.epochs or max(26 if full else 10, -(-1250 // per_epoch))
     steps, peak = epochs * per_epoch, args.lr * batch / 512
-    if batch < 2:
-        fail(f"--batch {batch}: expected 2 or more; one image has no spread to normalise by")
-    tests, history = benchmarks(args.val, args.data, size), []
+    val = args.val or [path for source in args.data for path in sorted(open_source(source).glob("*.bin"))]
+    benchmarks = {Path(path).stem: read_benchmark(path, size) for path in val}
 
     torch.manual_seed(args.seed)
-    cfg = FRConfig(size=size, bgr=args.bgr, **FR_ARCHS[args.arch])
-    backbone = Recogniser(cfg)
-    if args.init:
-        with reading(args.init, f"a network like {args.arch} at {size} px"):
-            backbone.load_state_dict(load_recogniser(args.init, device, args.bgr)[0].state_dict())
-    backbone.to(device, memory_format=torch.channels_last).eval()
-    share = 3 * forward_flops(backbone, torch.zeros(1, 3, size, size, device=device)) / peak_flops(device)
-    backbone.train()
-    prototypes = Prototypes(n, k, cfg.dim).to(device)
+    backbone = Recogniser(size=size, **FR_ARCHS[args.arch]).to(device, memory_format=torch.channels_last)
+    prototypes = Prototypes(n, k, backbone.config["dim"], args.free).to(device)
     fast = compiled(backbone, device, steps * batch)
     trained = [*backbone.parameters(), *prototypes.parameters()]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 5e-4},
               {"params": [p for p in trained if p.ndim < 2]}]           # norms, biases, PReLU: no decay
     optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9, fused=True)
-
-    settings = {**vars(args), "images": len(faces), "identities": n}
-    del settings["out"], settings["val"]
+    settings = {**vars(args), "images": len(faces), "identities": n, "out": "", "val": ""}
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
-    claim(out)
     first = resume(out / "state.pt", settings, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch} at {size} px, {epochs} epochs of "
           f"{per_epoch} steps of {batch}, on {device}")
 
-    def save(step, **known):
-        """Writes the model for later stages."""
-        tensors = {f"{name}.{key}": t for name in ("backbone", "prototypes")
-                   for key, t in modules[name].state_dict().items()}
-        save_model(out, "fr", cfg, tensors, data=args.data, val=[str(path) for path in tests],
-                   names=list(faces.names), colour="RGB", step=step, steps=steps, **known)
-
     every = per_epoch * -(-100 // per_epoch)           # log and save at whole epochs, 100 steps apart
-    losses, logged, since, checked, before = torch.zeros(3, device=device), first, time.time(), time.time(), 0
-    for step, x, labels, _, waited in batches(faces, batch, args.seed, first, steps, device, out.name):
+    losses = torch.zeros(3, device=device)
+    last_step, last_time = first, time.time()                           # of the last line logged
+    begun, testing = time.time(), 0.0
+    for step, x, labels, _ in batches(faces, batch, args.seed, first, steps, device, out.name):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, per_epoch, peak)
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x, x.flip(3))
@@ -132,55 +140,36 @@ def main():
             x = augment(x)
         with autocast(device):
             f = fast(x)
-        b_virtual = virtual_batch_size(step, k, batch, n)
         # paper: full margin from the start; here: it grows over the first tenth of the run, because now and
-        # then all prototypes fell together while it was too hard (85 % instead of 99; docs/measurements.md).
+        # then all prototypes fell together while it was too hard (85 % instead of 99 on the drawn faces).
         ramp = min(1, 10 * step / steps)
-        parts = vigface_loss(f, labels, prototypes, b_virtual, args.head, ramp)     # real, virtual, quality
+        parts = vigface_loss(f, labels, prototypes, virtual_batch_size(step, k, batch, n), args.head, ramp)
         sum(parts).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 5)
+        # The backbone alone, as InsightFace does: prototypes' gradients would dominate the norm.
+        torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses += torch.stack(parts).detach()
 
         if (step + 1) % every == 0 or step + 1 == steps:
-            count = step + 1 - logged
+            count, seconds = step + 1 - last_step, time.time() - last_time
             real, virtual, quality = stop_unless_finite((losses / count).tolist(), step + 1, out)
-            seconds, rate = time.time() - since, optimizer.param_groups[0]["lr"]
-            speed, left = batch * count / seconds, (steps - step - 1) * seconds / count / 60
+            tensors = {f"{name}.{key}": t for name in ("backbone", "prototypes")
+                       for key, t in modules[name].state_dict().items()}
+            save_model(out, "fr", backbone.config, tensors, data=args.data, val=[str(path) for path in val],
+                       free=args.free, names=list(faces.people), step=step + 1, steps=steps)
+            save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
             line = (f"epoch {(step + 1) // per_epoch:3d}/{epochs}  loss real {real:6.3f} virtual "
-                    f"{virtual:6.3f} quality {quality:.3f}  lr {rate:.4f}  {speed:5.0f} img/s  "
-                    f"{speed * share:4.0%} of peak  data wait {(waited - before) / seconds:4.1%}  "
-                    f"{left:5.1f} min left")
-            save(step + 1)                              # first: never older than the state one continues from
-            save_state(out / "state.pt", settings, step + 1, modules)
-            if step + 1 == steps or time.time() - checked > 60:
-                backbone.eval()
-                scores = [verification(pair_distances(backbone, images), same)["accuracy"]
-                          for images, same in tests.values()]
-                line += "".join(f"  {path.stem} {accuracy:.2%}" for path, accuracy in zip(tests, scores))
-                history.append((sum(scores) / max(1, len(scores)), (step + 1) // per_epoch))
-                backbone.train()
-                checked = time.time()
+                    f"{virtual:6.3f} quality {quality:.3f}  lr {optimizer.param_groups[0]['lr']:.4f}  "
+                    f"{batch * count / seconds:5.0f} img/s")
+            asked = time.time()
+            if step + 1 == steps or testing < 0.1 * (asked - begun):    # at most a tenth of the time
+                line += test(backbone, benchmarks)
+                testing += time.time() - asked
             tqdm.write(line)
             losses.zero_()
-            logged, since, before = step + 1, time.time(), waited
-
-    backbone.eval()
-    for path, (pictures, _) in tests.items():
-        q = prototypes.quality(embed(backbone, pictures, unit=False) / 2)     # the mean of both views' scores
-        print(f"quality of {path.stem}: mean {q.mean():.3f}, standard deviation {q.std():.3f}")
-    if tests and history:
-        (last, _), (best, when) = history[-1], max(history)
-        print(f"mean accuracy at the end {last:.2%}, best {best:.2%} after epoch {when}")
-    W, own = prototypes.unit().detach(), torch.arange(n + k, device=device)
-    data = embed_faces(backbone, prototypes, faces, device)
-    strangers = nearest(data.f, W[:n], data.labels)[0].cpu().numpy()    # how near they come, for sample.py
-    save(steps, strangers=float(np.quantile(strangers, 0.99)))
-    for name, cosine in (("real to other real", nearest(W[:n], W[:n], own[:n])[0]),
-                         ("virtual to any other", nearest(W[n:], W, own[n:])[0] if k else None)):
-        if cosine is not None:
-            print(f"nearest prototype, {name:20s}  mean cosine {cosine.mean():.3f}  max {cosine.max():.3f}")
+            last_step, last_time = step + 1, time.time()
+    describe_prototypes(prototypes.unit().detach(), n)
     print(f"wrote {out / 'model.safetensors'}")
 
 

@@ -1,7 +1,7 @@
 """Every network and every objective of VIGFace; the five scripts share this one module.
 
 Read it top to bottom: small helpers, the recogniser (stage 1), its prototypes and margin loss, the Diffusion
-Transformer (stage 2), the diffusion (schedule, loss, sampler), save and load.
+Transformer (stage 2), the diffusion (schedule, loss, sampler), the landmark detector, save and load.
 
 Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, N tokens, C
 width. Images inside the networks are RGB in [-1, 1], (B, 3, S, S); landmarks are (B, 5, 2), x and y in [0, 1]
@@ -9,24 +9,21 @@ of the image, in the order left eye, right eye, nose, left and right mouth corne
 image).
 """
 import contextlib
-import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import sys
-import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import Conv2dNormActivation, nms
 from tqdm import tqdm
 
@@ -64,50 +61,24 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or fast())
 
 
-def forward_flops(module, *inputs):
-    """FLOPs of one forward pass of `module`, as PyTorch counts them; training takes three times as many."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    return counter.get_total_flops()
-
-
-def peak_flops(device):
-    """The yardstick of 'share of peak': FLOP/s of a large matrix product under `autocast`, measured."""
-    side, best = 8192 if device.type == "cuda" else 1024, math.inf
-    a = torch.randn(side, side, device=device)
-    for _ in range(8):
-        start = time.perf_counter()
-        with autocast(device):
-            (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * side ** 3 / best
+@functools.cache
+def can_compile(device):
+    """Whether torch.compile works on `device`; slim images lack a compiler, Triton or Python's headers."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:
+        print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
+        return False
 
 
 def compiled(module, device, images):
     """A second, compiled handle of `module`, or itself on a CPU if `images` are too few to repay."""
-    if device.type == "cpu" and images < 30_000:
-        return module
-    if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        print("no C++ compiler found: running without torch.compile, slower")
-        return module
-    return torch.compile(module)
+    worth_it = device.type == "cuda" or images >= 30_000
+    return torch.compile(module) if worth_it and can_compile(device) else module
 
 
 # -------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings
-
-
-@dataclass
-class FRConfig:
-    """IR-SE50 as published; `FR_ARCHS` names its sizes."""
-    size: int = 112                     # S, a multiple of 16
-    dim: int = 512                      # D
-    width: int = 64                     # channels of the first stage; doubles at every stage
-    bgr: bool = False                   # for published networks that were trained on BGR images
-    units: tuple = (3, 4, 14, 3)        # residual units per stage
-
-
-FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1)),     # for 32 pixels and a laptop
-            "ir_se50": dict()}
 
 
 class SqueezeExcite(nn.Module):
@@ -142,29 +113,34 @@ class ResidualUnit(nn.Module):
 class Recogniser(nn.Module):
     """f: images (B, 3, S, S) -> embeddings (B, D); IR-SE50, with the keys of published AdaFace weights."""
 
-    def __init__(self, cfg):
+    def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3)):
         super().__init__()
-        self.cfg = cfg
+        self.config = dict(size=size, dim=dim, width=width, units=units)
+        self.bgr = False                                    # some published networks were trained on BGR images
         self.input_layer = nn.Sequential(
-            nn.Conv2d(3, cfg.width, 3, 1, 1, bias=False), nn.BatchNorm2d(cfg.width), nn.PReLU(cfg.width))
-        units, c_in = [], cfg.width
-        for stage, count in enumerate(cfg.units):
-            c_out = cfg.width * 2 ** stage
+            nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width))
+        body, c_in = [], width
+        for stage, count in enumerate(units):                           # the width doubles at every stage
+            c_out = width * 2 ** stage
             for unit in range(count):
-                units.append(ResidualUnit(c_in, c_out, stride=2 if unit == 0 else 1))
+                body.append(ResidualUnit(c_in, c_out, stride=2 if unit == 0 else 1))
                 c_in = c_out
-        self.body = nn.Sequential(*units)
+        self.body = nn.Sequential(*body)
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(c_in), nn.Dropout(0.4), nn.Flatten(),
-            nn.Linear(c_in * (cfg.size // 16) ** 2, cfg.dim), nn.BatchNorm1d(cfg.dim, affine=False))
+            nn.Linear(c_in * (size // 16) ** 2, dim), nn.BatchNorm1d(dim, affine=False))
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x):                                               # (B, 3, S, S), RGB
-        x = x.flip(1) if self.cfg.bgr else x
+        x = x.flip(1) if self.bgr else x
         x = self.body(self.input_layer(x))                              # (B, 8 width, S/16, S/16)
         return self.output_layer(x)                                     # (B, D)
+
+
+FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1)),         # for 32 pixels and a laptop
+            "ir_se50": dict()}
 
 
 @torch.no_grad()
@@ -188,8 +164,9 @@ def embed(backbone, images, batch=256, unit=True):
 class Prototypes(nn.Module):
     """n real and k virtual class prototypes in R^D, what losses know of embeddings, and a quality head."""
 
-    def __init__(self, n, k, dim):
+    def __init__(self, n, k, dim, free=False):
         super().__init__()
+        self.free = free
         self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
         self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
         self.quality = nn.Linear(dim, 1)                                # CR-FIQA's head, embedding -> quality
@@ -200,19 +177,23 @@ class Prototypes(nn.Module):
     def unit(self):
         """All prototypes on the unit sphere, (n + k, D), real ones first.
 
-        paper: virtual prototypes are free vectors; here: seen through the second moment of the real ones, so
-        that they lie where faces do. Free ones flee to directions that no face has, where nobody can be drawn
-        (own cosine of samples 0.39; so, 0.87). For them real prototypes are held fixed.
+        paper: virtual prototypes are free vectors; here (unless `free`): coordinates along the real ones'
+        directions, M = L L^T their second moment, so that they spread as real ones do. Free ones flee to
+        directions that no face has, where nobody can be drawn. For them real prototypes are held fixed.
         """
-        real = F.normalize(self.real)
-        return torch.cat([real, F.normalize(self.virtual @ (real.T @ real).detach())])
+        real, virtual = F.normalize(self.real), self.virtual
+        if not self.free:
+            M = real.detach().T @ real.detach() / len(real)                     # (D, D)
+            floor = 1e-4 * M.diagonal().mean() * torch.eye(len(M), device=M.device)
+            virtual = virtual @ torch.linalg.cholesky_ex(M + floor).L.T
+        return torch.cat([real, F.normalize(virtual)])
 
 
-def arcface(cos, labels, scale=64.0, margin=0.5):
+def arcface(cos, labels, quality=None, margin=0.5, scale=64.0):
     """ArcFace logits (B, classes): s cos(theta + m) at the label, s cos(theta) elsewhere (ArcFace, eq. 3).
 
     Where theta + m > pi the cosine would rise again: there the target falls on linearly, cos(theta) - m
-    sin(m). The gradient is the exact one, through sin(theta); it is kept finite at cos = +-1.
+    sin(m). The gradient is the exact one, through sin(theta); it is kept finite at cos = +-1. quality: unused.
     """
     target = cos.gather(1, labels[:, None])                                     # (B, 1)
     sin = (1 - target ** 2).clamp(min=1e-9).sqrt()
@@ -221,26 +202,28 @@ def arcface(cos, labels, scale=64.0, margin=0.5):
     return scale * cos.scatter(1, labels[:, None], pushed)
 
 
-def norm_scaler(f, prototypes, h=0.333, t_alpha=0.01):
+def adaface(cos, labels, quality, margin=0.4, scale=64.0, eps=1e-3):
+    """AdaFace logits (B, classes): s (cos(theta - m q) - m - m q) at the label (Kim et al. 2022).
+
+    q (B, 1) in [-1, 1] is the image's `norm_quality`: at -1 this is ArcFace, at 0 CosFace. theta is kept eps
+    inside 0 and pi; the gradient is the exact one there and zero where theta is clipped, as published.
+    """
+    cos = cos.clamp(eps - 1, 1 - eps)
+    theta = cos.gather(1, labels[:, None]).acos() - margin * quality            # (B, 1)
+    target = theta.clamp(eps, math.pi - eps).cos() - margin - margin * quality
+    return scale * cos.scatter(1, labels[:, None], target)
+
+
+MARGINS = {"arcface": (arcface, 0.5), "adaface": (adaface, 0.4)}
+
+
+def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
     """AdaFace's image quality in [-1, 1] (B, 1): the norm of embeddings f (B, D) against its average."""
     with torch.no_grad():
         norm = f.norm(dim=1, keepdim=True).clamp(1e-3, 100)
         prototypes.norm_mean.lerp_(norm.mean(), t_alpha)
-        if len(f) > 1:                                                  # one image has no spread
-            prototypes.norm_std.lerp_(norm.std(), t_alpha)
+        prototypes.norm_std.lerp_(norm.std(), t_alpha)
         return ((norm - prototypes.norm_mean) / (prototypes.norm_std + 1e-3) * h).clamp(-1, 1)
-
-
-def adaface(cos, labels, scaler, scale=64.0, margin=0.4, eps=1e-3):
-    """AdaFace logits (B, classes): s (cos(theta - m scaler) - m - m scaler) at the label (Kim 2022).
-
-    scaler (B, 1) in [-1, 1] is the image's quality: at -1 this is ArcFace, at 0 CosFace. theta is kept eps
-    inside 0 and pi; the gradient is the exact one there and zero where theta is clipped, as published.
-    """
-    cos = cos.clamp(eps - 1, 1 - eps)
-    theta = cos.gather(1, labels[:, None]).acos() - margin * scaler             # (B, 1)
-    target = theta.clamp(eps, math.pi - eps).cos() - margin - margin * scaler
-    return scale * cos.scatter(1, labels[:, None], target)
 
 
 def quality_loss(f, cos, labels, prototypes):
@@ -261,8 +244,14 @@ def virtual_batch_size(step, k, b_real, n):
 
 
 def around(w, sigma2, scale=1.0):
-    """Virtual embeddings (B, D) of prototypes w: w + N(0, 1) sigma, as real ones spread, of unit length."""
-    return F.normalize(w + scale * torch.randn_like(w) * sigma2.sqrt())
+    """Virtual embeddings (B, D) of prototypes w: w + N(0, 1) sigma, as real ones spread, of unit length.
+
+    paper: sigma^2 is the mean of (f - w)^2; here: times (1 + c) / (2 c^2), because that noise, added to w and
+    normalised again, would give an own cosine of 1 / sqrt(3 - 2 c) where real embeddings have c.
+    """
+    c = (1 - sigma2.sum() / 2).clamp(min=0.1)                                   # |f - w|^2 = 2 - 2 c
+    sigma = (sigma2 * (1 + c) / (2 * c ** 2)).sqrt()                            # sum sigma^2 = 1 / c^2 - 1
+    return F.normalize(w + scale * sigma * torch.randn_like(w))
 
 
 def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0):
@@ -275,44 +264,28 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0):
     because there the margin acts. paper: one loss over both batches; here: both sums over b_r, because a mean
     over b_r + b_v would shrink the backbone's step as k grows. ramp, 0 to 1, scales the margin.
     """
+    logits, margin = MARGINS[head]
     with torch.autocast(f.device.type, enabled=False):
-        f, n = f.float(), len(prototypes.real)
+        f = f.float()
+        n = len(prototypes.real)
         unit = F.normalize(f, eps=0.01)                          # an embedding of no length: no huge gradient
         W = prototypes.unit()
-        real, virtual = W[:n], W[n:]
         with torch.no_grad():
-            prototypes.sigma2.lerp_((unit - real[labels]).square().mean(0), 0.1)
-        margin, m = (arcface, 0.5 * ramp) if head == "arcface" else (adaface, 0.4 * ramp)
-        scaler = [] if head == "arcface" else [norm_scaler(f, prototypes)]
+            prototypes.sigma2.lerp_((unit - W[labels]).square().mean(0), 0.1)
         cos = unit @ W.T                                                        # (B, n + k)
-        logits = margin(cos, labels, *scaler, margin=m)
-        loss, quality = F.cross_entropy(logits, labels), quality_loss(f, cos[:, :n], labels, prototypes)
+        real = F.cross_entropy(logits(cos, labels, norm_quality(f, prototypes), ramp * margin), labels)
+        quality = quality_loss(f, cos[:, :n], labels, prototypes)
         if not b_virtual:
-            return loss, torch.zeros_like(loss), quality
-        j = torch.randint(len(virtual), (b_virtual,), device=f.device)
-        drawn = around(virtual[j], prototypes.sigma2)                           # (b_v, D)
-        cos = drawn @ torch.cat([real.detach(), virtual]).T                     # (b_v, n + k)
-        scaler = [torch.zeros_like(cos[:, :1])] * len(scaler)         # an invented embedding: average quality
-        logits = margin(cos, n + j, *scaler, margin=m)
-        return loss, F.cross_entropy(logits, n + j, reduction="sum") / len(f), quality
+            return real, torch.zeros_like(real), quality
+        j = torch.randint(n, len(W), (b_virtual,), device=f.device)
+        negatives = torch.cat([W[:n].detach(), W[n:]])
+        cos = around(W[j], prototypes.sigma2) @ negatives.T                     # (b_v, n + k)
+        average = torch.zeros_like(cos[:, :1])                          # an invented embedding has no norm
+        virtual = F.cross_entropy(logits(cos, j, average, ramp * margin), j, reduction="sum") / len(f)
+        return real, virtual, quality
 
 
 # ------------------------------------------------------------------------ the Diffusion Transformer (stage 2)
-
-
-def patchify(images, patch):
-    """Images (B, c, S, S) to tokens (B, N, c patch^2), row by row."""
-    B, c, S, _ = images.shape
-    x = images.view(B, c, S // patch, patch, S // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (S // patch) ** 2, c * patch ** 2)
-
-
-def unpatchify(tokens, patch):
-    """Tokens (B, N, c patch^2) back to images (B, c, S, S); the inverse of `patchify`."""
-    B, N, width = tokens.shape
-    side, c = math.isqrt(N), width // patch ** 2
-    x = tokens.view(B, side, side, c, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, c, side * patch, side * patch)
 
 
 def landmark_image(landmarks, size):
@@ -344,7 +317,8 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
@@ -361,21 +335,6 @@ class DiTBlock(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
-@dataclass
-class DiTConfig:
-    """DiT-B/8 at 112 pixels; `DIT_SIZES` names the others."""
-    size: int = 112                     # S
-    dim: int = 512                      # D of the prototypes
-    patch: int = 8
-    width: int = 768                    # C
-    depth: int = 12
-    heads: int = 12
-
-
-DIT_SIZES = {"Ti": dict(width=192, depth=6, heads=3), "S": dict(width=384, depth=12, heads=6),
-             "B": dict(width=768, depth=12, heads=12), "L": dict(width=1024, depth=24, heads=16)}
-
-
 class DiT(nn.Module):
     """v(x_t, t, w, landmarks): the DiT of Peebles & Xie in pixel space, told who (w) and which pose.
 
@@ -384,35 +343,44 @@ class DiT(nn.Module):
     particular.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, size=112, dim=512, patch=8, width=768, depth=12, heads=12):
         super().__init__()
-        self.cfg, C = cfg, cfg.width
-        self.patch_in = nn.Linear(6 * cfg.patch ** 2, C)
-        side = torch.arange(cfg.size // cfg.patch)
+        self.config = dict(size=size, dim=dim, patch=patch, width=width, depth=depth, heads=heads)
+        self.size, self.dim, self.patch = size, dim, patch
+        self.patch_in = nn.Linear(6 * patch ** 2, width)
+        side = torch.arange(size // patch)
         rows, columns = torch.meshgrid(side, side, indexing="ij")
-        position = torch.cat([sinusoids(axis.flatten(), C // 2, 10_000) for axis in (rows, columns)], -1)
+        position = torch.cat([sinusoids(axis.flatten(), width // 2, 10_000) for axis in (rows, columns)], -1)
         self.register_buffer("position", position)                              # (N, C)
-        self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
-        self.identity = nn.Linear(cfg.dim, C)
-        self.pose = nn.Sequential(nn.Linear(10, C), nn.SiLU(), nn.Linear(C, C))
-        self.blocks = nn.ModuleList(DiTBlock(C, cfg.heads) for _ in range(cfg.depth))
-        self.norm = nn.LayerNorm(C, elementwise_affine=False, eps=1e-6)
-        self.modulation, self.patch_out = nn.Linear(C, 2 * C), nn.Linear(C, 3 * cfg.patch ** 2)
+        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.identity = nn.Linear(dim, width)
+        self.pose = nn.Sequential(nn.Linear(10, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.patch_out = nn.Linear(width, 3 * patch ** 2)
         for layer in (self.modulation, self.patch_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, w, landmarks):                                   # (B,3,S,S), (B,), (B,D), (B,5,2)
         c = self.time(sinusoids(1000 * t, 256, 10_000))                         # (B, C)
-        c = c + self.identity(w * self.cfg.dim ** 0.5) + self.pose(4 * landmarks.flatten(1) - 2)
+        c = c + self.identity(w * self.dim ** 0.5)                              # unit length -> unit variance
+        c = c + self.pose(4 * landmarks.flatten(1) - 2)                         # [0, 1] -> [-2, 2]
         c = F.silu(c)
-        x = torch.cat([x, landmark_image(landmarks, self.cfg.size)], 1)         # (B, 6, S, S)
-        x = self.patch_in(patchify(x, self.cfg.patch)) + self.position          # (B, N, C)
+        x = torch.cat([x, landmark_image(landmarks, self.size)], 1)             # (B, 6, S, S)
+        x = F.pixel_unshuffle(x, self.patch).flatten(2).mT                      # (B, N, 6 patch^2)
+        x = self.patch_in(x) + self.position                                    # (B, N, C)
         for block in self.blocks:
             x = block(x, c)
         shift, scale = self.modulation(c)[:, None].chunk(2, -1)                 # (B, 1, C)
         x = self.patch_out(self.norm(x) * (1 + scale) + shift)                  # (B, N, 3 patch^2)
-        return unpatchify(x, self.cfg.patch)                                    # (B, 3, S, S)
+        x = x.mT.unflatten(2, (self.size // self.patch, -1))                    # (B, 3 patch^2, rows, columns)
+        return F.pixel_shuffle(x, self.patch)                                   # (B, 3, S, S)
+
+
+DIT_SIZES = {"Ti": dict(width=192, depth=6, heads=3), "S": dict(width=384, depth=12, heads=6),
+             "B": dict(width=768, depth=12, heads=12), "L": dict(width=1024, depth=24, heads=16)}
 
 
 # ----------------------------------------------------------- diffusion: the one place that states conventions
@@ -431,34 +399,34 @@ def dit_loss(dit, backbone, x, w, landmarks, sigma2, drop=0.1):
     """Stage 2's two losses on images x (B, 3, S, S) of people w (B, D): MSE of v, squared identity distance.
 
     paper: conditioned on the prototype; here: on points around it, up to as far as embeddings spread, because
-    then a person's pictures vary a little more (consistency 0.857; so, 0.848).
-    t is logit-normal (Esser et al. 2024). w becomes zeros with probability `drop`, so that guidance has an
-    unconditional model. The identity loss |f(x0_hat) / |f| - w|^2 is weighted by a^2 = SNR / (1 + SNR): near
-    t = 1 x0_hat is an average face on which f means nothing, and there its gradient would only draw texture.
-    It is zero where w was dropped: nobody was asked for.
+    then a person's pictures vary more. t is logit-normal (Esser et al. 2024). w becomes zeros with
+    probability `drop`, so that guidance has an unconditional model. The identity loss |f(x0_hat) / |f| - w|^2
+    is weighted by a^2 = SNR / (1 + SNR): near t = 1 x0_hat is an average face on which f means nothing, and
+    there its gradient would only draw texture. It is zero where w was dropped: nobody was asked for.
     """
     w = around(w, sigma2, torch.rand(len(x), 1, device=x.device))
     t = torch.randn(len(x), device=x.device).sigmoid()
     keep = (torch.rand(len(x), device=x.device) >= drop).float()
     a, s = signal_noise(t)
     noise = torch.randn_like(x)
-    x_t, v = a * x + s * noise, a * noise - s * x
+    x_t = a * x + s * noise
+    v = a * noise - s * x
     v_hat = dit(x_t, t, w * keep[:, None], landmarks).float()
     f = F.normalize(backbone(a * x_t - s * v_hat).float())
     distance = (f - w).square().sum(1)                                          # (B,), 2 - 2 cos
     return F.mse_loss(v_hat, v), (distance * keep * a.flatten() ** 2).mean()
 
 
-def guided(dit, w, landmarks, guidance=1.0, interval=(0.0, 1.0)):
+def guided(dit, w, landmarks, guidance=1.0):
     """x0_hat(x_t, t) under classifier-free guidance: x0(nobody) + g (x0(w) - x0(nobody)), kept in [-1, 1].
 
-    Outside the guidance interval of t, and at g = 1, the unconditional pass is not run at all.
+    At g = 1 the unconditional pass is not run at all.
     """
     def denoise(x, t):                                                          # (B, 3, S, S), float
         times = torch.full((len(x),), t, device=x.device)
         a, s = signal_noise(times)
         v = dit(x, times, w, landmarks).float()
-        if guidance != 1 and interval[0] <= t <= interval[1]:
+        if guidance != 1:
             nobody = dit(x, times, torch.zeros_like(w), landmarks).float()
             v = nobody + guidance * (v - nobody)
         return (a * x - s * v).clamp(-1, 1)
@@ -495,14 +463,21 @@ def conv(c_in, c_out, kernel=3, stride=1, groups=1, active=True):
     return Conv2dNormActivation(c_in, c_out, kernel, stride, groups=groups, activation_layer=activation)
 
 
+def separable(c_in, c_out, stride=1):
+    """MobileNet's block: a 3 x 3 convolution of each channel, then a 1 x 1 of all."""
+    return nn.Sequential(*conv(c_in, c_in, stride=stride, groups=c_in), *conv(c_in, c_out, kernel=1))
+
+
 class ContextModule(nn.Module):
     """SSH's context module: 3 x 3, 5 x 5 and 7 x 7 fields of view, made of 3 x 3 convolutions."""
 
     def __init__(self):
         super().__init__()
         self.conv3X3 = conv(64, 32, active=False)
-        self.conv5X5_1, self.conv5X5_2 = conv(64, 16), conv(16, 16, active=False)
-        self.conv7X7_2, self.conv7x7_3 = conv(16, 16), conv(16, 16, active=False)
+        self.conv5X5_1 = conv(64, 16)
+        self.conv5X5_2 = conv(16, 16, active=False)
+        self.conv7X7_2 = conv(16, 16)
+        self.conv7x7_3 = conv(16, 16, active=False)
 
     def forward(self, x):                                                       # (B, 64, H, W) -> the same
         five = self.conv5X5_1(x)
@@ -515,8 +490,6 @@ class RetinaFace(nn.Module):
 
     def __init__(self):
         super().__init__()
-        separable = lambda c_in, c_out, stride=1: nn.Sequential(
-            *conv(c_in, c_in, stride=stride, groups=c_in), *conv(c_in, c_out, kernel=1))
         self.body = nn.ModuleDict({
             "stage1": nn.Sequential(conv(3, 8, stride=2), separable(8, 16), separable(16, 32, 2),
                                     separable(32, 32), separable(32, 64, 2), separable(64, 64)),
@@ -532,19 +505,21 @@ class RetinaFace(nn.Module):
 
     def forward(self, images):
         """Of uint8 RGB images (B, 3, H, W): scores (B, A), boxes (B, A, 4), points (B, A, 5, 2), pixels."""
-        B, _, H, W = images.shape
         x = images.flip(1).float() - torch.tensor([104., 117., 123.], device=images.device).view(3, 1, 1)
         one = self.body["stage1"](x)                                            # (B, 64, H/8, W/8)
         two = self.body["stage2"](one)                                          # (B, 128, H/16, W/16)
         three = self.fpn["output3"](self.body["stage3"](two))                   # (B, 64, H/32, W/32)
-        up = lambda small, large: large + F.interpolate(small, size=large.shape[2:])
-        two = self.fpn["merge2"](up(three, self.fpn["output2"](two)))
-        one = self.fpn["merge1"](up(two, self.fpn["output1"](one)))
+        two = self.fpn["output2"](two)
+        two = self.fpn["merge2"](two + F.interpolate(three, size=two.shape[2:]))
+        one = self.fpn["output1"](one)
+        one = self.fpn["merge1"](one + F.interpolate(two, size=one.shape[2:]))
         levels = [self.ssh1(one), self.ssh2(two), self.ssh3(three)]
-        read = lambda heads, width: torch.cat([
-            head["conv1x1"](level).permute(0, 2, 3, 1).reshape(B, -1, width)
-            for head, level in zip(heads, levels)], 1)                          # (B, A, width)
-        scores, boxes = read(self.ClassHead, 2).softmax(2)[..., 1], read(self.BboxHead, 4)
+
+        def read(heads, width):                                                 # (B, A, width)
+            maps = [head["conv1x1"](level) for head, level in zip(heads, levels)]
+            return torch.cat([m.permute(0, 2, 3, 1).reshape(len(images), -1, width) for m in maps], 1).float()
+        scores = read(self.ClassHead, 2).softmax(2)[..., 1]
+        boxes = read(self.BboxHead, 4)
         points = read(self.LandmarkHead, 10).unflatten(2, (5, 2))
         anchors = []                                                            # centre and side
         for level, step, sides in zip(levels, (8, 16, 32), ((16., 32.), (64., 128.), (256., 512.))):
@@ -552,7 +527,8 @@ class RetinaFace(nn.Module):
             anchors.append(torch.cartesian_prod(y, x, torch.tensor(sides, device=y.device)))
         y, x, side = torch.cat(anchors).T[..., None]                            # (A, 1) each
         centre = torch.cat([x, y], 1)                                           # (A, 2)
-        middle, half = centre + 0.1 * side * boxes[..., :2], side / 2 * (0.2 * boxes[..., 2:]).exp()
+        middle = centre + 0.1 * side * boxes[..., :2]
+        half = side / 2 * (0.2 * boxes[..., 2:]).exp()
         points = centre[:, None] + 0.1 * side[:, None] * points
         return scores, torch.cat([middle - half, middle + half], 2), points
 
@@ -561,10 +537,12 @@ class RetinaFace(nn.Module):
 def detect_faces(detector, images, confidence=0.5):
     """Faces in uint8 images (B, 3, H, W): for each image scores (K,), boxes (K, 4), landmarks (K, 5, 2)."""
     found = []
-    for score, box, points in zip(*detector(images)):
+    with autocast(images.device):
+        detections = detector(images.contiguous(memory_format=torch.channels_last))
+    for score, box, points in zip(*(part.float().cpu() for part in detections)):
         keep = (score > confidence).nonzero().flatten()
         keep = keep[nms(box[keep], score[keep], 0.4)]
-        found.append((score[keep].cpu(), box[keep].cpu(), points[keep].cpu()))
+        found.append((score[keep], box[keep], points[keep]))
     return found
 
 
@@ -573,7 +551,8 @@ def detect_faces(detector, images, confidence=0.5):
 
 def replace_file(path, write):
     """Lets `write(temporary path)` make a file, flushes and renames it to `path`: nobody reads half."""
-    temporary = Path(f"{path}.{os.environ.get('RANK', 0)}.tmp")     # ranks may share it
+    rank = os.environ.get("RANK", 0)                            # two ranks may finish the same set at once
+    temporary = Path(f"{path}.{rank}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -584,17 +563,6 @@ def replace_file(path, write):
         temporary.unlink(missing_ok=True)
         fail(f"{path}: cannot be written ({' '.join(str(error).split())[:200]}); nothing is lost: free space "
              "or choose another --out, and give the same command again")
-
-
-def claim(folder, wait=True):
-    """Holds `folder` until the program ends, so that nobody else runs there; None if wait=False and taken."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return held
-    except BlockingIOError:
-        return fail(f"{folder}: another process is at work there; wait, or stop it") if wait else None
 
 
 def run(main):
@@ -610,37 +578,40 @@ def run(main):
 
 def save_model(folder, stage, config, tensors, **meta):
     """Writes folder/model.safetensors: tensors; stage, architecture and what later stages need as JSON."""
-    text = json.dumps({"stage": stage, "config": asdict(config), **meta})
+    text = json.dumps({"stage": stage, "config": config, **meta})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     replace_file(Path(folder) / "model.safetensors", lambda path: save_file(tensors, path, {"vigface": text}))
 
 
 def load_model(folder, stage):
-    """Tensors and metadata of folder/model.safetensors; ends the program if it is no `stage` model."""
-    path, make = Path(folder) / "model.safetensors", {"fr": "fr_train.py", "dit": "dit_train.py"}[stage]
+    """Tensors and metadata of folder/model.safetensors; ends the program if it is no finished `stage`."""
+    path, script = Path(folder) / "model.safetensors", {"fr": "fr_train.py", "dit": "dit_train.py"}[stage]
     if not path.is_file():
-        fail(f"{path}: no such checkpoint; make it with {make}, or name another folder")
-    with reading(path, f"a '{stage}' checkpoint, as {make} makes it"), safe_open(path, "pt") as file:
-        meta = {"names": [], "data": [], "val": []} | json.loads(file.metadata()["vigface"])
+        fail(f"{path}: no such checkpoint; make it with {script}, or name another folder")
+    with reading(path, f"a '{stage}' checkpoint, as {script} makes it"), safe_open(path, "pt") as file:
+        meta = {"names": []} | json.loads(file.metadata()["vigface"])
         if meta["stage"] != stage or any(Path(name).name != name for name in meta["names"]):
             raise ValueError(f"it is a '{meta['stage']}' checkpoint, or names people by paths")
-        return {name: file.get_tensor(name) for name in file.keys()}, meta
+        unfinished = meta["step"] < meta["steps"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if unfinished:
+        fail(f"{path}: its training is at step {meta['step']} of {meta['steps']}; give its {script} command "
+             "again to finish it")
+    return tensors, meta
 
 
-def part(tensors, prefix):
-    """The state dict of one module: the tensors whose names start with `prefix.`, without it."""
-    return {name[len(prefix) + 1:]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+def digest(folder):
+    """The sha256 of folder/model.safetensors, by which a later stage knows an earlier one."""
+    with open(Path(folder) / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def build(module, config, meta, state, path):
-    """A module of a checkpoint, from its config and weights; costs no memory before the shapes agree."""
+def build(module, tensors, prefix, arguments, path):
+    """A frozen module(**arguments) with the tensors named `prefix.`...; costs no memory if shapes disagree."""
     with reading(path, "metadata that describes its weights"):
-        cfg = config(**meta["config"])
-        if not all(0 <= size <= 4096 for value in asdict(cfg).values()
-                   for size in (value if isinstance(value, (list, tuple)) else [value])):
-            raise ValueError(f"sizes out of range in {cfg}")
         with torch.device("meta"):
-            net = module(cfg)
+            net = module(**arguments)
+        state = {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
         net.load_state_dict(state, assign=True)
         return net.requires_grad_(False)
 
@@ -658,14 +629,14 @@ def load_published(net, path):
 def load_recogniser(path, device, bgr=False):
     """Backbone and prototypes, frozen, on `device`, and metadata, of a run folder or a published IR-SE50."""
     if Path(path).is_file():
-        backbone, prototypes = load_published(Recogniser(FRConfig(bgr=bgr)), path), Prototypes(0, 0, 512)
-        meta = {"data": [], "val": []}
+        backbone, prototypes = load_published(Recogniser(), path), Prototypes(0, 0, 512)
+        backbone.bgr, meta = bgr, {"data": [], "val": []}
     else:
         tensors, meta = load_model(path, "fr")
+        backbone = build(Recogniser, tensors, "backbone", meta["config"], path)
         n, k = (len(tensors.get(f"prototypes.{kind}", ())) for kind in ("real", "virtual"))
-        backbone = build(Recogniser, FRConfig, meta, part(tensors, "backbone"), path)
-        prototypes = build(lambda cfg: Prototypes(n, k, cfg.dim), FRConfig, meta, part(tensors, "prototypes"),
-                           path)
+        arguments = dict(dim=meta["config"]["dim"], free=meta["free"])
+        prototypes = build(functools.partial(Prototypes, n, k), tensors, "prototypes", arguments, path)
     backbone.to(device, memory_format=torch.channels_last).eval()
     return backbone, prototypes.to(device).requires_grad_(False), meta
 
