@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.io import encode_png, write_png
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from model import RetinaFace, detect_faces, fail, load_published, reading, replace_file, run, to_float, to_uint8
@@ -65,19 +66,25 @@ def yaw_of(landmarks):
 
 # ------------------------------------------------------------------------------------------ the demo's people
 #
-# Everybody is a smooth deformation and colouring of one face, painted on an ellipsoid with bumps. Numbers
-# vary independently, because virtual people can only differ from everybody as much as the space of faces is
-# wide. Shapes here: B pictures, P pixels; numbers and masks (B, 1, P or 1), colours (B, 3, P or 1).
+# One face, painted on an ellipsoid with bumps, whose numbers vary independently, because virtual people can
+# only differ from everybody as much as the space of faces is wide. Shapes here: B pictures, P pixels; numbers
+# and masks (B, 1, P or 1), colours (B, 3, P or 1).
 
-PERSON = dict(radii=3, bumps=6, sway=12, lift=12, tint=36, skin=4, hair=3, iris=3, lips=3, eye=3, brow=3,
-              beard=2, hairline=4, build=2, marks=20)                           # how many numbers are what
-PICTURE = dict(turn=2, expression=3, crop=4, light=5, colour=3, background=9)
-FEATURES = torch.tensor([(-.39, -.16), (.39, -.16), (0, .19), (-.27, .5), (.27, .5)])     # the five landmarks
-WAVES = torch.tensor([(k, l, m) for k in (1.5, 3.5) for l in (1.5, 3.5, 5.5) for m in (0, math.pi / 2)])
+WAVES = torch.tensor([(k, l, m) for k in (1.5, 3.5) for l in (1.5, 3.5) for m in (0, math.pi / 2)])
 BUMPS = torch.tensor([                          # x, y, width, height, mean and spread of how far it stands out
     (0, .19, .12, .12, .25, .09), (0, 0, .08, .20, .08, .05),                   # tip of the nose, its bridge
     (0, .85, .30, .20, .02, .12), (0, -.34, .50, .10, .04, .04),                # chin, forehead
     (.48, .20, .22, .20, 0, .08), (.68, .58, .25, .25, -.02, .12)])             # cheeks, jaw
+SPOTS = [           # x, y, width, height, how they vary, is it opened by mouth and lids; share of skin and hair
+    (0, .76, .45, .25, .3, 0, 0, .4, .5),                                       # beard
+    (0, .52, .27, .07, .05, .6, 0, .75, 0), (0, .51, .23, .02, .05, .9, 0, .2, 0),          # lips, mouth
+    (.39, -.18, .16, .09, .05, 0, .3, .3, 0), (.39, -.16, .14, .07, .05, 0, .3, 1, 0),      # lashes, eye
+    (.39, -.16, .05, .05, .02, 0, .2, .1, 0), (.39, -.37, .19, .04, .05, 0, 0, 0, .7),      # iris, brow
+    (.5, .3, .25, .2, .3, 0, 0, .8, 0),                                         # cheeks
+    *[(0, .1, .06, .04, .7, 0, 0, .6, 0)] * 5]                                  # marks anywhere
+FEATURES = torch.tensor([(-.39, -.16), (.39, -.16), (0, .19), (-.26, .51), (.26, .51)]).T     # five landmarks
+PERSON = dict(radii=3, bumps=6, tint=24, skin=4, hair=3, hairline=4, spots=8 * len(SPOTS))    # numbers of each
+PICTURE = dict(turn=2, expression=2, crop=4, light=5, colour=3, background=9)
 
 
 def named(dials, counts):
@@ -85,61 +92,38 @@ def named(dials, counts):
     return SimpleNamespace(**dict(zip(counts, (2 * dials - 1)[..., None].split([*counts.values()], 1))))
 
 
-def deform(who, u, v):
-    """Where on the one face of all the points (u, v) of these people's faces lie."""
-    k, l, m = WAVES.T[..., None]                                                # (12, 1) each
-    wave = (l * v + m).cos() / (10 * k)                                         # (B, 12, P)
-    return torch.stack([u + (who.sway * wave * (k * u).sin()).sum(1, keepdim=True),
-                        v + (who.lift * wave * (k * u).cos()).sum(1, keepdim=True)])
-
-
 def swell(who, u, v):
-    """The head's radius, in the ellipsoid's, at the points (u, v) of the one face."""
+    """The head's radius, in the ellipsoid's, at the points (u, v) of the face."""
     x, y, width, height, mean, spread = BUMPS.T[..., None]
     bump = torch.exp(-((u.abs() - x) / width) ** 2 - ((v - y) / height) ** 2)   # (B, 6, P)
     return 1 + ((mean + spread * who.bumps) * bump).sum(1, keepdim=True)
 
 
 def paint(who, how, u, v, front, pixel):
-    """Colours (B, 3, P) of the points (u, v) of the one face, if in `front`; `pixel` in head units."""
-    def ellipse(x, y, width, height, tilt=torch.zeros(()), bend=0.0, softness=1.0, u=u.abs()):
-        across = ((u - x) * tilt.cos() + (v - y) * tilt.sin()) / width          # the face is symmetric
-        down = (v - y) * tilt.cos() - (u - x) * tilt.sin() - bend * (across ** 2 - 1)
-        inward = (1 - (across ** 2 + (down / height) ** 2 + 1e-9).sqrt()) * height
-        return (inward / (pixel * softness) + 0.5).clamp(0, 1) * front          # its edge is a pixel wide
-
+    """Colours (B, 3, P) of the points (u, v) of the face, if they are in front; `pixel` in head units."""
+    edge = lambda inward: (inward / pixel + 0.5).clamp(0, 1)                    # one pixel wide
     k, l, m = WAVES.T[..., None]
-    waves = (k * u).cos() * (l * v + m).cos()                                   # (B, 12, P)
     skin = torch.tensor([.63, .45, .36])[:, None] + .28 * who.skin[:, :1] + .08 * who.skin[:, 1:]
-    canvas = skin + .05 * who.tint.unflatten(1, (3, 12)).squeeze(-1) @ waves
-    hair, iris, lips = .33 + .31 * who.hair, .33 + .27 * who.iris, skin * (.8 + .25 * who.lips)
-    smile, gape, blink = how.expression.split(1, 1)
-    smile, gape = .025 + .065 * smile, (.025 + .075 * gape).clamp(min=0)
-    width, lid, slant = who.eye.split(1, 1)
-    eye = ellipse(.39, -.16, .135 + .025 * width, (.068 + .017 * lid) * (.8 + .3 * blink), .3 * slant)
-    brow_y, brow_tilt, brow_shade = who.brow.split(1, 1)
+    hair = .33 + .31 * who.hair
+    canvas = skin + .06 * who.tint.unflatten(1, (3, 8)).squeeze(-1) @ ((k * u).cos() * (l * v + m).cos())
+    mouth, lids = how.expression.split(1, 1)
+    for spot, numbers in zip(SPOTS, who.spots.split(8, 1)):
+        x, y, width, height, vary, by_mouth, by_lids, of_skin, of_hair = spot
+        right, down, wider, higher, tilt, *colour = numbers.split(1, 1)
+        side = (u.abs() if x else u) - x - vary * right                 # there are two of what is off the middle
+        across = (side + .3 * tilt * (v - y)) / (width * (1 + .25 * wider))
+        height = height * (1 + .25 * higher) * (1 + by_mouth * mouth + by_lids * lids)
+        along = (v - y - vary * down - .3 * tilt * side) / height
+        mask = edge((1 - (across ** 2 + along ** 2 + 1e-9).sqrt()) * height) * front
+        canvas = canvas + mask * (of_skin * skin + of_hair * hair + .25 * torch.cat(colour, 1) - canvas)
     top, arch, *curls = who.hairline.split(1, 1)
     top = -.67 + .17 * top + (.2 + .3 * arch) * u ** 2
     top = top + sum(.05 * curl * (6 * (i + 1) * u).cos() for i, curl in enumerate(curls))
-    layers = [                                                                  # painted in turn: tint, mask
-        (hair * .6 + skin * .3, .8 * who.beard[:, :1].clamp(min=0)
-         * ellipse(0, .76, .45, .25 + .15 * who.beard[:, 1:], softness=3)),
-        (lips, ellipse(0, .52, .27, .07 + gape, bend=-smile)),
-        (skin * .25, ellipse(0, .5 + gape / 2, .25, .012 + gape * .7, bend=-smile)),
-        (torch.tensor([.93, .92, .9])[:, None], eye),
-        (iris, ellipse(.39, -.16, .05, .05) * eye),
-        (iris * .15, ellipse(.39, -.16, .02, .02) * eye),
-        (hair * (.6 + .3 * brow_shade), ellipse(.39, -.37 + .03 * brow_y, .18, .034, .3 * brow_tilt, .04)),
-        *((skin * (.7 + .5 * shade), ellipse(.75 * x, .1 + .7 * y, .055 + .035 * width, .04, u=u))      # marks
-          for x, y, width, shade in (mark.split(1, 1) for mark in who.marks.split(4, 1))),
-        (hair, ((top - v) / (2 * pixel) + 0.5).clamp(0, 1).where(front, 1.0))]
-    for tint, mask in layers:
-        canvas = canvas + mask * (tint - canvas)
-    return canvas.clamp(0, 1)
+    return (canvas + edge(top - v).where(front, 1.0) * (hair - canvas)).clamp(0, 1)
 
 
 def draw_faces(identity, nuisance, size):
-    """Draws people (B, 116) in circumstances (B, 26), in [0, 1]: images (B, 3, S, S), landmarks (B, 5, 2).
+    """Draws people (B, 148) in circumstances (B, 25), in [0, 1]: images (B, 3, S, S), landmarks (B, 5, 2).
 
     Each pixel's ray is cast onto the surface of the head, so pose, parallax and landmarks are exact.
     """
@@ -151,13 +135,8 @@ def draw_faces(identity, nuisance, size):
     turn = torch.cat([cy, 0 * cy, -sy, -sy * sp, cp, -cy * sp, sy * cp, sp, cy * cp], 1).view(B, 3, 3)
 
     # Five landmarks on the surface, and the similarity that carries them to the aligned crop, a little off.
-    wanted = FEATURES.T[:, None, None].expand(2, B, 1, 5)
-    there = wanted
-    for _ in range(12):                                                 # invert the deformation
-        there = there + wanted - deform(who, *there)
-    u, v = there
-    points = torch.cat([u, v, (1 - u * u - v * v).sqrt()], 1) * radii * swell(who, *wanted)
-    points = (turn.mT @ points)[:, :2].mT                                                   # (B, 5, 2)
+    points = torch.cat([FEATURES, (1 - FEATURES.square().sum(0, keepdim=True)).sqrt()])
+    points = (turn.mT @ (points * radii * swell(who, *FEATURES)))[:, :2].mT                 # (B, 5, 2)
     scale, shift = similarity(points, TEMPLATE.expand(B, 5, 2))
     zoom, tilt, right, down = how.crop.unbind(1)
     scale = scale * torch.polar(1 + .05 * zoom, .05 * tilt)
@@ -174,26 +153,18 @@ def draw_faces(identity, nuisance, size):
         inside = ab ** 2 - bb * (aa - rho ** 2)                                 # > 0 where the ray hits
         z = (inside.clamp(min=0).sqrt() - ab) / bb
         u, v, w = ((a + b * z) / rho).split(1, 1)                               # coordinates of the face
-        u, v = deform(who, u, v)
         rho = swell(who, u, v)
 
-    # Light on the surface normals, which are the slope of the depth map.
+    # Light on the surface normals, which are the slope of the depth map; behind the head a coloured slope.
     depth = (z * (inside > 0)).view(B, size, size)
     down, right = (slope * scale.abs()[..., None] * size for slope in torch.gradient(depth, dim=(1, 2)))
     normal = F.normalize(torch.stack([-right, -down, torch.ones_like(depth)], 1), dim=1).flatten(2)
-    ambient, diffuse, *towards = how.light.split(1, 1)
-    towards = F.normalize(torch.cat(towards, 1) + torch.tensor([0, -.3, 2])[:, None], dim=1)
+    towards = F.normalize(how.light[:, 2:] + torch.tensor([0, -.3, 2])[:, None], dim=1)
     lambert = (normal * towards).sum(1, keepdim=True).clamp(min=0)
-    light = (.5 + .15 * ambient + (.62 + .13 * diffuse) * lambert) * (1 + .08 * how.colour)
-
-    # The background; in front of it the hair behind the head, the neck, the head.
+    light = .5 + .15 * how.light[:, :1] + (.62 + .13 * how.light[:, 1:2]) * lambert
+    head = paint(who, how, u, v, w > 0, pixel) * light * (1 + .08 * how.colour)
     image = .45 + .35 * how.background[:, :3] + .2 * how.background[:, 3:].view(B, 3, 2) @ xy
-    behind = torch.minimum(ab ** 2 - bb * (aa - (1.13 + .12 * who.build[:, :1]) ** 2),
-                           .5 + .9 * who.build[:, 1:] - (a - b * ab / bb)[:, 1:2])
-    neck = torch.minimum(.5 - xy[:, :1].abs(), xy[:, 1:] - .6)
-    for tint, inward in ((.23 + .22 * who.hair, behind), (.33 + .16 * who.skin[:, :1], neck),
-                         (paint(who, how, u, v, w > 0, pixel) * light, inside)):
-        image = image + (inward / (3 * pixel) + 0.5).clamp(0, 1) * (tint - image)
+    image = image + (inside / (3 * pixel) + 0.5).clamp(0, 1) * (head - image)
     return image.view(B, 3, size, size).clamp(0, 1), move(points, scale, shift)
 
 
@@ -213,15 +184,11 @@ def write_landmarks(path, rows):
 
 def write_bin(path, images, pairs, generator):
     """Writes an InsightFace .bin of people (I, P, 3, S, S), uint8: ten folds sharing nobody, half same."""
-    encoded, same = [], []
-    for fold in images.chunk(10):
-        for p in range(pairs // 10):
-            i, j = torch.randperm(len(fold), generator=generator)[:2].tolist()
-            a, b = torch.randperm(images.shape[1], generator=generator)[:2].tolist()
-            for image in (fold[i, a], fold[i if p % 2 else j, b]):
-                to_pil_image(image).save(png := io.BytesIO(), "PNG")
-                encoded.append(png.getvalue())
-            same.append(bool(p % 2))
+    encoded, same = [], [p % 2 == 1 for p in range(pairs)]
+    for p, fold in enumerate(fold for fold in images.chunk(10) for _ in range(pairs // 10)):
+        i, j = torch.randperm(len(fold), generator=generator)[:2].tolist()
+        a, b = torch.randperm(images.shape[1], generator=generator)[:2].tolist()
+        encoded += [bytes(encode_png(image).numpy()) for image in (fold[i, a], fold[i if same[p] else j, b])]
     replace_file(path, lambda temporary: temporary.write_bytes(pickle.dumps((encoded, same), protocol=4)))
 
 
@@ -229,20 +196,18 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
     """Draws the demo: a folder of `people` with landmarks.csv, and heldout.bin of others nobody trains on."""
     generator, temporary = torch.Generator().manual_seed(0), Path(f"{root}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    unseen, landmarks = [], []
+    pictures, landmarks = [], []
     for person in tqdm(range(people + held_out), "drawing people", leave=False):
         who = torch.rand(1, sum(PERSON.values()), generator=generator).expand(per_person, -1)
         images, points = draw_faces(who, torch.rand(per_person, sum(PICTURE.values()), generator=generator), size)
-        images = to_uint8(2 * images - 1 + 0.02 * torch.randn(images.shape, generator=generator))
-        if person >= people:
-            unseen.append(images)
-            continue
-        (temporary / f"p{person:04d}").mkdir(parents=True)
-        for i, image in enumerate(images):
-            to_pil_image(image).save(temporary / f"p{person:04d}/{i:04d}.png")
-            landmarks.append((f"p{person:04d}/{i:04d}.png", points[i] * size))
-    write_landmarks(temporary / "landmarks.csv", landmarks)
-    write_bin(temporary / "heldout.bin", torch.stack(unseen), 3000, generator)
+        noise = 0.02 * torch.randn(images.shape, generator=generator)           # of the sensor
+        pictures.append(to_uint8(2 * images - 1 + noise))
+        landmarks += ((f"p{person:04d}/{i:04d}.png", size * face) for i, face in enumerate(points))
+    for (name, _), image in zip(landmarks[:people * per_person], torch.cat(pictures)):
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        write_png(image, str(temporary / name))
+    write_landmarks(temporary / "landmarks.csv", landmarks[:people * per_person])
+    write_bin(temporary / "heldout.bin", torch.stack(pictures[people:]), 3000, generator)
     os.replace(temporary, root)
 
 
@@ -270,13 +235,11 @@ def mapped(path):
 
 
 def read_record(path, offset):
-    """The encoded image of the record at `offset`, an open file; one with MAGIC inside is cut there in parts."""
+    """The encoded image, an open file, of the record at `offset`; one that holds MAGIC is cut there in parts."""
     content, parts, flag = mapped(path), [], 1
-    while flag in (1, 2):
-        magic, word = struct.unpack_from("<II", content, offset)
+    while flag in (1, 2):                                               # begins, goes on; 0 is whole, 3 the end
+        _, word = struct.unpack_from("<II", content, offset)
         flag, length = word >> 29, word & 0x1fffffff
-        if magic != MAGIC or offset + 8 + length > len(content):
-            raise ValueError("broken record")
         parts.append(content[offset + 8:offset + 8 + length].tobytes())
         offset += 8 + (length + 3) // 4 * 4
     record = struct.pack("<I", MAGIC).join(parts)
@@ -404,7 +367,7 @@ class Faces(Dataset):
         return len(self.paths)
 
     def path(self, i):
-        """The file of image i; of a record, its key takes the file name's place."""
+        """The file of image i; a record's key takes the place of its name."""
         return os.fsdecode(self.paths[i])
 
     def readable(self, i):
@@ -490,20 +453,17 @@ def crop_landmarks(detector, images):
     """Landmarks (B, 5, 2) in [0, 1] of aligned uint8 crops (B, 3, S, S), NaN where no face is found.
 
     The detector wants a face of about 100 pixels with some room around it (as measured on LFW): crops are
-    resized to 168 pixels, framed by 42 of grey, and seen as they are and mirrored; the mean counts. Of
-    several faces the one nearest to the template is taken.
+    resized to 168 pixels and framed by 42 of grey. Of several faces the one nearest to the template is taken.
     """
     x = F.interpolate(images.float(), size=168, mode="bicubic", antialias=True, align_corners=False)
     x = F.pad(x.round().clamp(0, 255), (42,) * 4, value=114)
-    views = []
-    for view, order, sign in ((x, [0, 1, 2, 3, 4], 0), (x.flip(3), [1, 0, 2, 4, 3], 1)):
-        for _, _, points in detect_faces(detector, view, confidence=0.02):
-            points = (points[:, order] - 42) / 168
-            points[..., 0] = sign + (1 - 2 * sign) * points[..., 0]
-            distance = (points - TEMPLATE).norm(dim=2).mean(1)
-            near = len(points) > 0 and distance.min() < 0.15
-            views.append(points[distance.argmin()] if near else torch.full((5, 2), torch.nan))
-    return torch.stack(views).view(2, -1, 5, 2).nanmean(0)
+    found = torch.full((len(images), 5, 2), torch.nan)
+    for one, (_, _, points) in zip(found, detect_faces(detector, x, confidence=0.02)):
+        points = (points - 42) / 168
+        distance = (points - TEMPLATE).norm(dim=2).mean(1)
+        if len(points) and distance.min() < 0.15:
+            one[:] = points[distance.argmin()]
+    return found
 
 
 def complete_landmarks(faces, folder, weights, device):
@@ -536,7 +496,7 @@ def largest_face(detector, image, device, smallest, side=640):
     small = pil_to_tensor(image.resize([max(1, round(length * scale)) for length in image.size], reducing_gap=2))
     right, below = (-length % 32 for length in (small.shape[2], small.shape[1]))
     padded = F.pad(small[None], (0, right, 0, below), value=114)
-    scores, boxes, points = detect_faces(detector, padded.to(device))[0]
+    (scores, boxes, points), = detect_faces(detector, padded.to(device))
     sides = (boxes[:, 2:] - boxes[:, :2]) / scale                               # (K, 2)
     rank = (sides.prod(1) * scores).where(sides.amin(1) >= smallest, 0.0)
     if not rank.any():

@@ -133,7 +133,7 @@ def main():
             tensors = {f"dit.{name}": t for name, t in average.state_dict().items()}
             tensors |= {"poses.landmarks": faces.landmarks, "poses.rows": rows.cpu()[faces.labels]}
             save_model(out, "dit", average.config, tensors, fr=args.fr, fr_sha256=settings["fr_sha256"],
-                       real=leak_line, step=step + 1, steps=steps)
+                       **leak_line, step=step + 1, steps=steps)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
             tqdm.write(f"step {step + 1:6d}/{steps}  loss v {v_mean:.4f} identity {identity_mean:.4f}  "
                        f"own cosine real {real:.3f} virtual {virtual:.3f}  {speed:5.0f} img/s")

@@ -166,18 +166,19 @@ def baseline(real):
                        "copy": (1 + quantile(strangers["copy"][0], 0.999)) / 2}, cap
 
 
-def judge(data, found, lines, with_quality):
+def judge(data, found, lines, prototypes):
     """One dataset's row of the report: quality and leakage, from its `resemblance` to real people.
 
     Clean: at most 1 % of the images are over the line for centres, or for images, as among real strangers,
     and none is a copy.
     """
     consistency, separability = consistency_separability(data.f, data.labels)
+    has_quality = len(prototypes.real) > 0                              # published networks have no such head
     over = {test: int((similarity > lines[test]).sum()) for test, (similarity, _) in found.items()}
     leaks = max(over["centre"], over["image"]) > 0.01 * len(data.f) or over["copy"] > 0
     return {"identities": len(data.faces.people), "images": len(data.f), "consistency": consistency,
             "separability": separability,
-            "diversity": diversity(data.quality, data.labels) if with_quality else None,
+            "diversity": diversity(data.quality, data.labels) if has_quality else None,
             "leakage": {"verdict": "leaks" if leaks else "clean", "threshold": lines["centre"],
                         "q99": quantile(found["centre"][0], 0.99), "images_over": over["centre"],
                         "image_threshold": lines["image"], "images_over_image": over["image"],
@@ -198,34 +199,33 @@ def offenders(data, found, lines, real):
 # --------------------------------------------------------------------------------------------------- pictures
 
 
-def histogram(path, series, line, width=720, height=280, bins=90):
+def histogram(path, series, line, width=720, height=260, bins=90):
     """Draws {name: cosines} as overlaid histograms, each with area one, and a line at one cosine."""
-    low, high = min(*map(np.min, series.values()), line) - 0.02, max(*map(np.max, series.values()), line) + 0.02
+    everything = np.concatenate([*series.values(), [line]])
+    low, high = everything.min() - 0.02, everything.max() + 0.02
+    x_of = lambda cosine: (cosine - low) / (high - low) * width
+    shares = [np.histogram(values, bins, (low, high))[0] / len(values) for values in series.values()]
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image, "RGBA")
-    shares = [np.histogram(values, bins, (low, high))[0] / len(values) for values in series.values()]
-    x = np.linspace(0, width, bins + 1).repeat(2)
     for row, (name, share, colour) in enumerate(zip(series, shares, ("#2a6fb0", "#d1603d"))):
-        y = height - 20 - (height - 60) * np.concatenate([[0], share.repeat(2), [0]]) / np.max(shares)
-        pen.polygon([*zip(x, y)], fill=f"{colour}90")
+        y = height - 20 - (height - 60) * np.array([0, *share.repeat(2), 0]) / np.max(shares)
+        pen.polygon([*zip(np.linspace(0, width, bins + 1).repeat(2), y)], fill=f"{colour}90")
         pen.text((10, 8 + 16 * row), name, colour)
-    for value in np.arange(np.ceil(low * 5) / 5, high, 0.2):
-        pen.text(((value - low) / (high - low) * width, height - 16), f"{value:.1f}", "black", anchor="ma")
-    at = (line - low) / (high - low) * width
-    pen.line((at, 40, at, height - 20), "black", 2)
-    pen.text((at - 5, 40), f"line {line:.3f}", "black", anchor="ra")
+    for cosine in np.arange(np.ceil(low * 5) / 5, high, 0.2):
+        pen.text((x_of(cosine), height - 16), f"{cosine:.1f}", "black", anchor="ma")
+    pen.line((x_of(line), 40, x_of(line), height - 20), "black", 2)
     replace_file(path, lambda temporary: image.save(temporary, "PNG"))
 
 
 def draw_pictures(out, name, data, found, real, strangers, line):
-    """Writes nearest-real.png and closest.jpg: the eight images nearest to a real one, and that one below."""
+    """Writes nearest-real.png, and closest.jpg: the eight images nearest to a real one, which is below each."""
     series = {"real images, to another person": strangers["centre"][0], name: found["centre"][0]}
-    histogram(out / "nearest-real.png", {key: cos.cpu().numpy() for key, cos in series.items()}, line)
-    similarity, which = found["image"]
+    histogram(out / "nearest-real.png", {key: cosines.cpu().numpy() for key, cosines in series.items()}, line)
+    similarity, which = (column.cpu() for column in found["image"])
     top = similarity.argsort(descending=True)[:8]
-    images = np.concatenate([data.faces.__getitems__(data.index[top.cpu()])[0],
-                             real.faces.__getitems__(real.index[which[top].cpu()])[0]])
-    replace_file(out / "closest.jpg", lambda path: save_image(torch.from_numpy(images) / 255, path, "JPEG",
+    pairs = np.concatenate([data.faces.__getitems__(data.index[top])[0],
+                            real.faces.__getitems__(real.index[which[top]])[0]])
+    replace_file(out / "closest.jpg", lambda path: save_image(torch.from_numpy(pairs) / 255, path, "JPEG",
                                                               nrow=len(top)))
 
 
@@ -233,35 +233,28 @@ def draw_pictures(out, name, data, found, real, strangers, line):
 
 
 def table(header, rows):
-    """Rows of values as a Markdown table whose columns also line up in a terminal; None is a dash."""
-    texts = [["-" if v is None else str(v) if not isinstance(v, float) else f"{v:.3f}" if v > 0.01 else
-              f"{v:.1e}" for v in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in texts]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+    """Rows of values as a Markdown table; None is a dash."""
+    text = lambda value: "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    lines = [header, ["---"] * len(header), *([text(value) for value in row] for row in rows)]
+    return "".join("| " + " | ".join(f"{cell:>13}" for cell in line) + " |\n" for line in lines) + "\n"
 
 
 def verify(recognisers, paths):
     """Verification of each recogniser on each benchmark: rows for report.json, Markdown for report.md."""
-    order = [*FIELD, *sorted(path.stem for path in paths)]
-    names = sorted({path.stem for path in paths}, key=order.index)
-    models = {folder: {} for folder in recognisers}
-    for path in paths:
-        for folder, (backbone, _, _) in recognisers.items():
-            images, same = read_benchmark(path, backbone.config["size"])
-            models[folder][path.stem] = verification(pair_distances(backbone, images), same)
-    for scores in models.values():
-        accuracies = [score["accuracy"] for score in scores.values()]
-        scores["average"] = float(np.mean(accuracies)) if accuracies else None
-    text = "Verification accuracy: mean ± standard deviation over folds\n\n" + table(
+    rank = {name: i for i, name in enumerate(FIELD)}
+    names = sorted(paths, key=lambda name: (rank.get(name, len(rank)), name))
+    models = {}
+    for folder, (backbone, _, _) in recognisers.items():
+        models[folder] = {name: verification(pair_distances(backbone, images), same) for name in names
+                          for images, same in [read_benchmark(paths[name], backbone.config["size"])]}
+        accuracies = [score["accuracy"] for score in models[folder].values()]
+        models[folder]["average"] = float(np.mean(accuracies)) if accuracies else None
+    absent = [title for name, title in FIELD.items() if name not in names]
+    return models, "Verification accuracy: mean ± standard deviation over folds, percent\n\n" + table(
         ["recogniser", *(FIELD.get(name, name) for name in names), "average"],
-        [[folder, *(f"{scores[name]['accuracy']:.2%} ± {scores[name]['std']:.2%}" for name in names),
-          f"{scores['average']:.2%}" if names else "no benchmark: name some with --pairs"]
-         for folder, scores in models.items()])
-    if absent := [title for stem, title in FIELD.items() if stem not in names]:
-        text += f"Absent, and not in the average: {', '.join(absent)}.\n\n"
-    return models, text
+        [[folder, *(f"{100 * scores[name]['accuracy']:.2f} ± {100 * scores[name]['std']:.2f}" for name in names),
+          f"{100 * scores['average']:.2f}" if names else None] for folder, scores in models.items()]
+    ) + f"Absent, and not in the average: {', '.join(absent) or 'none'}.\n\n"
 
 
 def main():
@@ -277,35 +270,33 @@ def main():
         datasets = ["runs/virtual"] if sources and Path("runs/virtual/manifest.csv").is_file() else []
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
-    models, text = verify(recognisers, [Path(path) for path in args.pairs or meta["val"]])
+    models, text = verify(recognisers, {Path(path).stem: path for path in args.pairs or meta["val"]})
     report, leaks = {"judge": folders[0], "models": models, "datasets": {}}, []
 
     if datasets:
-        real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]), device)
+        see = lambda sources: embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]), device)
+        real = see(sources)
         if len(real.faces.people) < 2:
             fail(f"--real {' '.join(sources)}: expected two people or more, to know how alike strangers are")
         strangers, lines, cap = baseline(real)
-        with_quality = len(prototypes.real) > 0                         # a published network has no such head
-        report["real"] = judge(real, strangers, lines, with_quality)
-        report["real"]["leakage"]["verdict"] = "baseline"
+        rows = report["datasets"]
         for name in datasets:
-            data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"]), device)
+            data = see([name])
             found = resemblance(data, real)
-            report["datasets"][name] = judge(data, found, lines, with_quality)
+            rows[name] = judge(data, found, lines, prototypes)
             leaks += [[name, *row] for row in offenders(data, found, lines, real)]
             draw_pictures(out / Path(name).name, name, data, found, real, strangers, lines["centre"])
-        rows = {**report["datasets"], f"{' '.join(sources)} (real)": report["real"]}
+        report["real"] = judge(real, strangers, lines, prototypes)
+        report["real"]["leakage"]["verdict"] = "baseline"
+        named = [*rows.items(), ("the real faces", report["real"])]
         text += f"Quality of datasets, judged by {folders[0]}\n\n" + table(
-            ["dataset", "people", "images", "consistency", "separability", "diversity"],
-            [[name, *[*row.values()][:5]] for name, row in rows.items()])
-        text += (f"Leakage, judged by {folders[0]}: images over the line that 99 % of real images keep to "
-                 "strangers, by centre and by image; and copies\n\n") + table(
-            ["dataset", "verdict", "line", "q99", "over", "image line", "over", "copy line", "copies"],
-            [[name, *row["leakage"].values()] for name, row in rows.items()])
+            ["dataset", *[*report["real"]][:5]], [[name, *[*row.values()][:5]] for name, row in named])
+        text += (f"Leakage, judged by {folders[0]}: images over the lines that 99 % of real images keep to strangers, "
+                 "by centre and by image; and copies\n\n") + table(
+            ["dataset", *report["real"]["leakage"]], [[name, *row["leakage"].values()] for name, row in named])
         if cap in lines.values():
-            text += (f"The line is the cap, {cap:.3f}, people's median cosine to their own other images: this judge "
-                     "finds strangers closer than that, so it cannot tell real people apart, or some are in the "
-                     "real data twice.\n\n")
+            text += (f"A line is the cap, {cap:.3f}, people's median cosine to their own other images: strangers come "
+                     "closer, so this judge cannot tell real people apart, or some are in the real data twice.\n\n")
     write_csv(out / "leaks.csv", ["dataset", "file", "test", "similarity", "person", "image"], leaks)
     replace_file(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
     replace_file(out / "report.md", lambda path: path.write_text(text))

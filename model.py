@@ -61,21 +61,17 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or fast())
 
 
-@functools.cache
-def can_compile(device):
-    """Whether torch.compile works on `device`; slim images lack a compiler, Triton or Python's headers."""
+def compiled(module, device, images):
+    """A second, compiled handle of `module`; itself on a CPU if `images` are too few to repay, or without a
+    compiler, Triton or Python's headers, as slim images are."""
+    if device.type == "cpu" and images < 30_000:
+        return module
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-        return True
+        torch.compile(torch.sin)(torch.ones(8, device=device))
     except Exception as error:
         print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
-        return False
-
-
-def compiled(module, device, images):
-    """A second, compiled handle of `module`, or itself on a CPU if `images` are too few to repay."""
-    worth_it = device.type == "cuda" or images >= 30_000
-    return torch.compile(module) if worth_it and can_compile(device) else module
+        return module
+    return torch.compile(module)
 
 
 # -------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings
@@ -113,9 +109,9 @@ class ResidualUnit(nn.Module):
 class Recogniser(nn.Module):
     """f: images (B, 3, S, S) -> embeddings (B, D); IR-SE50, with the keys of published AdaFace weights."""
 
-    def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3)):
+    def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3), dropout=0.4):
         super().__init__()
-        self.config = dict(size=size, dim=dim, width=width, units=units)
+        self.config = dict(size=size, dim=dim, width=width, units=units, dropout=dropout)
         self.bgr = False                                    # some published networks were trained on BGR images
         self.input_layer = nn.Sequential(
             nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width))
@@ -127,7 +123,7 @@ class Recogniser(nn.Module):
                 c_in = c_out
         self.body = nn.Sequential(*body)
         self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(c_in), nn.Dropout(0.4), nn.Flatten(),
+            nn.BatchNorm2d(c_in), nn.Dropout(dropout), nn.Flatten(),
             nn.Linear(c_in * (size // 16) ** 2, dim), nn.BatchNorm1d(dim, affine=False))
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -139,7 +135,7 @@ class Recogniser(nn.Module):
         return self.output_layer(x)                                     # (B, D)
 
 
-FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1)),         # for 32 pixels and a laptop
+FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0),    # for 32 pixels and a laptop
             "ir_se50": dict()}
 
 
@@ -254,7 +250,7 @@ def around(w, sigma2, scale=1.0):
     return F.normalize(w + scale * sigma * torch.randn_like(w))
 
 
-def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0):
+def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0):
     """The margin loss over real embeddings f (B, D) and b_virtual virtual ones: real, virtual, quality.
 
     Virtual embeddings f'_j = w_v^j + N(0, 1) sigma carry the spread of real ones (sigma^2 by EMA, alpha =
@@ -273,7 +269,7 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0):
         with torch.no_grad():
             prototypes.sigma2.lerp_((unit - W[labels]).square().mean(0), 0.1)
         cos = unit @ W.T                                                        # (B, n + k)
-        real = F.cross_entropy(logits(cos, labels, norm_quality(f, prototypes), ramp * margin), labels)
+        real = F.cross_entropy(logits(cos, labels, norm_quality(f, prototypes), ramp * margin, scale), labels)
         quality = quality_loss(f, cos[:, :n], labels, prototypes)
         if not b_virtual:
             return real, torch.zeros_like(real), quality
@@ -281,7 +277,7 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0):
         negatives = torch.cat([W[:n].detach(), W[n:]])
         cos = around(W[j], prototypes.sigma2) @ negatives.T                     # (b_v, n + k)
         average = torch.zeros_like(cos[:, :1])                          # an invented embedding has no norm
-        virtual = F.cross_entropy(logits(cos, j, average, ramp * margin), j, reduction="sum") / len(f)
+        virtual = F.cross_entropy(logits(cos, j, average, ramp * margin, scale), j, reduction="sum") / len(f)
         return real, virtual, quality
 
 
@@ -348,9 +344,8 @@ class DiT(nn.Module):
         self.config = dict(size=size, dim=dim, patch=patch, width=width, depth=depth, heads=heads)
         self.size, self.dim, self.patch = size, dim, patch
         self.patch_in = nn.Linear(6 * patch ** 2, width)
-        side = torch.arange(size // patch)
-        rows, columns = torch.meshgrid(side, side, indexing="ij")
-        position = torch.cat([sinusoids(axis.flatten(), width // 2, 10_000) for axis in (rows, columns)], -1)
+        rows, columns = torch.cartesian_prod(*[torch.arange(size // patch)] * 2).T
+        position = torch.cat([sinusoids(axis, width // 2, 10_000) for axis in (rows, columns)], -1)
         self.register_buffer("position", position)                              # (N, C)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.identity = nn.Linear(dim, width)
@@ -474,10 +469,8 @@ class ContextModule(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv3X3 = conv(64, 32, active=False)
-        self.conv5X5_1 = conv(64, 16)
-        self.conv5X5_2 = conv(16, 16, active=False)
-        self.conv7X7_2 = conv(16, 16)
-        self.conv7x7_3 = conv(16, 16, active=False)
+        self.conv5X5_1, self.conv5X5_2 = conv(64, 16), conv(16, 16, active=False)
+        self.conv7X7_2, self.conv7x7_3 = conv(16, 16), conv(16, 16, active=False)
 
     def forward(self, x):                                                       # (B, 64, H, W) -> the same
         five = self.conv5X5_1(x)
@@ -518,9 +511,7 @@ class RetinaFace(nn.Module):
         def read(heads, width):                                                 # (B, A, width)
             maps = [head["conv1x1"](level) for head, level in zip(heads, levels)]
             return torch.cat([m.permute(0, 2, 3, 1).reshape(len(images), -1, width) for m in maps], 1).float()
-        scores = read(self.ClassHead, 2).softmax(2)[..., 1]
-        boxes = read(self.BboxHead, 4)
-        points = read(self.LandmarkHead, 10).unflatten(2, (5, 2))
+        boxes, points = read(self.BboxHead, 4), read(self.LandmarkHead, 10).unflatten(2, (5, 2))
         anchors = []                                                            # centre and side
         for level, step, sides in zip(levels, (8, 16, 32), ((16., 32.), (64., 128.), (256., 512.))):
             y, x = ((torch.arange(count, device=images.device) + 0.5) * step for count in level.shape[2:])
@@ -530,20 +521,18 @@ class RetinaFace(nn.Module):
         middle = centre + 0.1 * side * boxes[..., :2]
         half = side / 2 * (0.2 * boxes[..., 2:]).exp()
         points = centre[:, None] + 0.1 * side[:, None] * points
-        return scores, torch.cat([middle - half, middle + half], 2), points
+        return read(self.ClassHead, 2).softmax(2)[..., 1], torch.cat([middle - half, middle + half], 2), points
 
 
 @torch.no_grad()
 def detect_faces(detector, images, confidence=0.5):
-    """Faces in uint8 images (B, 3, H, W): for each image scores (K,), boxes (K, 4), landmarks (K, 5, 2)."""
-    found = []
+    """Yields the faces in each of uint8 images (B, 3, H, W): scores (K,), boxes (K, 4), landmarks (K, 5, 2)."""
     with autocast(images.device):
         detections = detector(images.contiguous(memory_format=torch.channels_last))
-    for score, box, points in zip(*(part.float().cpu() for part in detections)):
-        keep = (score > confidence).nonzero().flatten()
+    for score, box, points in zip(*(part.cpu() for part in detections)):
+        keep = (score > confidence).nonzero()[:, 0]
         keep = keep[nms(box[keep], score[keep], 0.4)]
-        found.append((score[keep], box[keep], points[keep]))
-    return found
+        yield score[keep], box[keep], points[keep]
 
 
 # ---------------------------------------------------------------------------------------------- save and load

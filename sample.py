@@ -49,8 +49,8 @@ flag("--batch", type=int, help="pictures drawn at once (default: 256 on a GPU, 6
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 ATTEMPTS = 5                                                            # draws of a picture at most
-COLUMNS = ["file", "identity", "index", "attempt", "verdict", "landmarks_from", "cos_own", "cos_nearest_real",
-           "own_nearest", "quality"]                                    # of manifest.csv
+SCORES = ["cos_own", "cos_nearest_real", "own_is_nearest", "quality"]
+COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict", *SCORES]        # of manifest.csv
 
 
 def seeded(*what):
@@ -59,43 +59,35 @@ def seeded(*what):
     return torch.Generator().manual_seed(int.from_bytes(key, "big"))
 
 
-def choose_poses(by_yaw, yaw, people, count, generator):
-    """Indices of `count` training faces, even over yaw, each of another person while there are any.
+def choose_poses(yaw, by_yaw, count, generator):
+    """Indices of `count` training faces, even over yaw; faces by_yaw (M,) have these yaws (M,), rising.
 
-    by_yaw: faces (M,) sorted by yaw; their yaw (M,), rising; people: whose face each of all is. The hundredth
-    that looks aside most is left out. So no virtual identity inherits the poses of one real person. (paper:
-    unstated how poses are chosen)
+    The hundredth that looks aside most is left out. (paper: unstated how poses are chosen)
     """
     low, high = yaw[int(0.005 * len(yaw))], yaw[int(0.995 * len(yaw))]
     wanted = low + (high - low) * (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    chosen, seen = [], set()
-    for start in torch.searchsorted(yaw, wanted).clamp(max=len(yaw) - 1).tolist():
-        near = (by_yaw[i % len(by_yaw)].item() for i in range(start, start + len(by_yaw)))
-        pose = next((pose for pose in near if people[pose].item() not in seen), by_yaw[start].item())
-        seen.add(people[pose].item())
-        chosen.append(pose)
-    return chosen
+    return by_yaw[torch.searchsorted(yaw, wanted).clamp(max=len(yaw) - 1)].tolist()
 
 
 class Artist:
-    """What turns a job (row of the prototypes, index, attempt, pose) into a judged picture."""
+    """What turns jobs (row of the prototypes, index, attempt, pose) into judged pictures."""
 
     def __init__(self, args, device):
         tensors, meta = load_model(args.dit, "dit")
-        self.args, self.device, args.fr = args, device, args.fr or meta["fr"]
+        args.fr = args.fr or meta["fr"]
+        self.args, self.device = args, device
         self.dit = build(DiT, tensors, "dit", meta["config"], args.dit).to(device).eval()
         self.backbone, self.prototypes, fr = load_recogniser(args.fr, device)
         if digest(args.fr) != meta["fr_sha256"]:
-            fail(f"{args.fr}: not the recogniser that {args.dit} was trained with; name that one with --fr, or "
-                 "give the dit_train.py command again with another --out")
+            fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it with --fr, or train again")
         self.W, self.n = self.prototypes.unit(), len(self.prototypes.real)
         self.landmarks, self.owners = tensors["poses.landmarks"], tensors["poses.rows"]
         self.names = [*fr["names"], *(f"v{i:06d}" for i in range(len(self.W) - self.n))]
-        self.max_real = min(meta["real"].values()) if args.max_real is None else args.max_real
-        if args.max_real is None and meta["real"]["own"] < meta["real"]["strangers"]:
-            print(f"WARNING: a hundredth of real strangers come within {meta['real']['strangers']:.3f} of each "
-                  f"other, and people's own pictures within {meta['real']['own']:.3f}, which is the line now: "
-                  f"{args.fr} cannot tell real people apart, or they are in its data twice", file=sys.stderr)
+        strangers, own = meta["strangers"], meta["own"]
+        self.max_real = min(strangers, own) if args.max_real is None else args.max_real
+        if own < strangers:
+            print(f"WARNING: strangers come closer to real people ({strangers:.3f}) than their own pictures do "
+                  f"({own:.3f}); the recogniser is bad, or people are in the data twice", file=sys.stderr)
 
     def noise(self, jobs):
         """Standard normal (batch, 3, S, S), each job's from its own seed; zeros for what jobs are missing."""
@@ -106,38 +98,32 @@ class Artist:
 
     @torch.no_grad()
     def draw(self, dit, jobs, noise):
-        """Pictures uint8 (B, 3, S, S), on the device."""
-        jobs = jobs + jobs[-1:] * (self.args.batch - len(jobs))
-        rows, _, _, poses = map(list, zip(*jobs))
-        w, pose = self.W[rows], self.landmarks[poses].to(self.device)
+        """Pictures uint8 (batch, 3, S, S), on the device; the last job fills up, for one shape of batch."""
+        rows, _, _, poses = map(list, zip(*jobs + jobs[-1:] * (len(noise) - len(jobs))))
+        denoise = guided(dit, self.W[rows], self.landmarks[poses].to(self.device), self.args.guidance)
         with autocast(self.device):
-            denoise = guided(dit, w, pose, self.args.guidance)
             return to_uint8(dpm_solver(denoise, noise.to(self.device, non_blocking=True), self.args.steps))
 
     def judge(self, jobs, images):
-        """Of each picture: own cosine, cosine to the nearest other real person, is nobody nearer, quality."""
+        """SCORES (B, 4) of pictures: own cosine, to the nearest other real person, is own nearest, quality."""
         f = embed(self.backbone, images, len(images), unit=False)[:len(jobs)] / 2
         rows = torch.tensor([row for row, *_ in jobs], device=self.device)[:, None]
         cos = F.normalize(f) @ self.W.T                                         # (B, n + k)
         own = cos.gather(1, rows)[:, 0]
         cos.scatter_(1, rows, -2)
-        columns = own, cos[:, :self.n].amax(1), (own > cos.amax(1)).float(), self.prototypes.quality(f)[:, 0]
-        return torch.stack(columns, 1).tolist()
+        real, others, quality = cos[:, :self.n].amax(1), cos.amax(1), self.prototypes.quality(f)[:, 0]
+        return torch.stack([own, real, own > others, quality], 1).tolist()
 
-
-def people_to_draw(args, artist):
-    """{row of the prototypes: number of pictures}; ends the program if there is nobody."""
-    k = len(artist.W) - artist.n
-    if not args.real_to and not 0 < args.virtual <= k:
-        fail(f"--virtual {args.virtual}: expected 1 to {k}, the virtual prototypes that {args.fr} holds; train "
-             "fr_train.py with a larger --virtual for more")
-    if min(args.per_id, args.steps, args.batch) < 1:
-        fail("--per-id, --steps and --batch: expected 1 or more of each")
-    if not args.real_to:
-        return {artist.n + i: args.per_id for i in range(args.virtual)}
-    have = torch.bincount(artist.owners, minlength=artist.n).tolist()
-    wanted = {row: args.real_to - count for row, count in enumerate(have) if 0 < count < args.real_to}
-    return wanted or fail(f"--real-to {args.real_to}: everybody has as many images; give more")
+    def people(self):
+        """{row of the prototypes: number of pictures to draw}; ends the program if there is nobody."""
+        args, k = self.args, len(self.W) - self.n
+        if args.real_to:
+            have = torch.bincount(self.owners, minlength=self.n).tolist()
+            wanted = {row: args.real_to - count for row, count in enumerate(have) if 0 < count < args.real_to}
+            return wanted or fail(f"--real-to {args.real_to}: everybody has as many images; give more")
+        if not 0 < args.virtual <= k:
+            fail(f"--virtual {args.virtual}: expected 1 to {k}, as {args.fr} has; train it with a larger --virtual")
+        return {self.n + i: args.per_id for i in range(args.virtual)}
 
 
 def draw_people(artist, wanted, out):
@@ -153,19 +139,18 @@ def draw_people(artist, wanted, out):
     def first_attempts():
         for row, count in wanted.items():
             shutil.rmtree(out / names[row], ignore_errors=True)                 # of a run that was killed
-            poses = choose_poses(by_yaw, yaw, artist.owners, count, seeded(args.seed, names[row]))
+            poses = choose_poses(yaw, by_yaw, count, seeded(args.seed, names[row]))
             yield from ((row, index, 0, pose) for index, pose in enumerate(poses))
-    fresh, again = first_attempts(), collections.deque()
+    queue = collections.deque()                                                 # jobs to be drawn again
+    jobs_left = first_attempts()
 
-    def next_jobs():
-        jobs = [again.popleft() for _ in range(min(len(again), args.batch))]
-        return jobs + [*itertools.islice(fresh, args.batch - len(jobs))]
+    def next_batch():
+        jobs = [queue.popleft() for _ in range(min(len(queue), args.batch))]
+        jobs += itertools.islice(jobs_left, args.batch - len(jobs))
+        return jobs, pool.submit(artist.noise, jobs)
 
     def save(path, image):
-        replace_file(path, lambda temporary: to_pil_image(image).save(temporary, "JPEG", quality=95,
-                                                                      subsampling=0))
-    missing, rows = dict(wanted), collections.defaultdict(list)         # pictures to come, rows of person.csv
-    writing, complete = [], []                                          # of the last batch: pictures, people
+        replace_file(path, lambda temporary: image.save(temporary, "JPEG", quality=95, subsampling=0))
 
     def settle():
         for picture in writing:
@@ -174,68 +159,61 @@ def draw_people(artist, wanted, out):
             write_csv(out / names[row] / "person.csv", COLUMNS, sorted(rows.pop(row), key=lambda line: line[2:4]))
         writing.clear()
         complete.clear()
-
-    with ThreadPoolExecutor() as pool, tqdm(total=sum(wanted.values()), desc=out.name, unit="img",
-                                            leave=False) as progress:
-        jobs = next_jobs()
-        noise = pool.submit(artist.noise, jobs)
+    missing, rows = dict(wanted), collections.defaultdict(list)         # pictures to come, rows of person.csv
+    writing, complete = [], []                                          # of the last batch: pictures, people
+    with ThreadPoolExecutor() as pool, tqdm(total=sum(wanted.values()), desc=out.name, unit="img") as progress:
+        jobs, noise = next_batch()
         while jobs:
             images = artist.draw(dit, jobs, noise.result())
-            upcoming = next_jobs()
-            noise = pool.submit(artist.noise, upcoming)
+            upcoming = next_batch()
             scores = artist.judge(jobs, images)
             settle()                                                    # encoding lags a batch behind
-            for job, image, (own, real, nearest, quality) in zip(jobs, images.cpu(), scores):
-                row, index, attempt, pose = job
-                file, leak = f"{names[row]}/{index:04d}.jpg", real > artist.max_real
-                rows[row].append([file, names[row], index, attempt, "leak" if leak else "accepted", pose,
-                                  f"{own:.4f}", f"{real:.4f}", int(nearest), f"{quality:.4f}"])
+            for (row, index, attempt, pose), image, score in zip(jobs, images.cpu(), scores):
+                file, leak = f"{names[row]}/{index:04d}.jpg", score[1] > artist.max_real
+                rows[row].append([file, names[row], index, attempt, pose, "leak" if leak else "accepted",
+                                  *map("{:.4f}".format, score)])
                 if not leak:
-                    writing.append(pool.submit(save, out / file, image))
+                    writing.append(pool.submit(save, out / file, to_pil_image(image)))
                 if leak and attempt + 1 < ATTEMPTS:
-                    again.append((row, index, attempt + 1, pose))
+                    queue.append((row, index, attempt + 1, pose))
                 else:
                     progress.update()
                     missing[row] -= 1
-                    complete += [row] * (missing[row] == 0)
-            if not upcoming and again:
-                upcoming = next_jobs()
-                noise = pool.submit(artist.noise, upcoming)
-            jobs = upcoming
+                    complete += [row] if not missing[row] else []
+            jobs, noise = upcoming if upcoming[0] else next_batch()     # the last ones that were rejected
         settle()
 
 
 def finish(artist, wanted, out):
     """Joins the rows of all people into manifest.csv, which says that the set is complete; says how it went."""
-    def read(*verdicts):
-        for row in wanted:
-            with open(out / artist.names[row] / "person.csv", newline="") as file:
-                yield from (line for line in csv.DictReader(file) if line["verdict"] in verdicts)
-    write_landmarks(out / "landmarks.csv", ((line["file"], artist.dit.size * artist.landmarks[
-        int(line["landmarks_from"])]) for line in read("accepted")))
-    grid, columns = [], min(8, max(wanted.values()))
-    for _, lines in itertools.islice(itertools.groupby(read("accepted"), lambda line: line["identity"]), 8):
-        lines = [*lines]
-        grid += [read_image(out / lines[int(i)]["file"]) for i in torch.linspace(0, len(lines) - 1, columns)]
-    if not grid:
+    folders = [out / artist.names[row] for row in wanted]
+    total = collections.Counter()
+
+    def rows():
+        for folder in folders:
+            with open(folder / "person.csv", newline="") as file:
+                yield from csv.DictReader(file)
+
+    def accepted_landmarks():
+        for row in rows():
+            total["drawn"] += 1
+            if row["verdict"] == "accepted":
+                total.update(accepted=1, **{key: float(row[key]) for key in SCORES[:3]})
+                yield row["file"], artist.dit.size * artist.landmarks[int(row["landmarks_from"])]
+    write_landmarks(out / "landmarks.csv", accepted_landmarks())
+    accepted, drawn = total["accepted"], total["drawn"]
+    if not accepted:
         fail(f"{out}: every picture was rejected; train stage 2 longer, or set --max-real")
-    replace_file(out / "grid.jpg", lambda path: save_image(torch.stack(grid) / 255, path, "JPEG", nrow=columns))
-    count = collections.Counter()
-    for line in read("accepted", "leak"):
-        count["drawn"] += 1
-        count["left out"] += line["verdict"] == "leak" and int(line["attempt"]) == ATTEMPTS - 1
-        if line["verdict"] == "accepted":
-            count.update(accepted=1, own=float(line["cos_own"]), real=float(line["cos_nearest_real"]),
-                         nearest=int(line["own_nearest"]))
-    write_csv(out / "manifest.csv", COLUMNS, (line.values() for line in read("accepted", "leak")))
-    accepted, rejected = count["accepted"], count["drawn"] - count["accepted"]
-    print(f"{accepted} images of {len(wanted)} people in {out}; mean cosine to the own prototype "
-          f"{count['own'] / accepted:.3f}, to the nearest real one {count['real'] / accepted:.3f}; nobody is nearer "
-          f"than the own one for {count['nearest'] / accepted:.1%}; {rejected} rejected as closer than "
-          f"{artist.max_real:.3f} to a real person, {count['left out']} left out")
-    if rejected > accepted:
-        print("WARNING: over half of what was drawn was rejected; the DiT does not know these people",
-              file=sys.stderr)
+    pictures = [sorted(folder.glob("*.jpg")) for folder in folders[:8]]
+    grid = [read_image(line[i * len(line) // 8]) for line in pictures if line for i in range(8)]
+    replace_file(out / "grid.jpg", lambda path: save_image(torch.stack(grid) / 255, path, "JPEG", nrow=8))
+    write_csv(out / "manifest.csv", COLUMNS, (row.values() for row in rows()))
+    own, real, nearest = (total[key] / accepted for key in SCORES[:3])
+    print(f"{accepted} images of {len(wanted)} people in {out}; {drawn - accepted} rejected as closer than "
+          f"{artist.max_real:.3f} to a real person, {sum(wanted.values()) - accepted} left out; cosine to the own "
+          f"prototype {own:.3f}, which is the nearest of all for {nearest:.1%}, to the nearest real one {real:.3f}")
+    if drawn > 2 * accepted:
+        print("WARNING: over half of what was drawn was rejected; does the DiT know these people?", file=sys.stderr)
 
 
 def main():
@@ -244,8 +222,10 @@ def main():
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(gpu if torch.cuda.is_available() else "cpu")
     args.batch = args.batch or (256 if device.type == "cuda" else 64)
+    if min(args.per_id, args.steps, args.batch) < 1:
+        fail("--per-id, --steps and --batch: expected 1 or more of each")
     artist = Artist(args, device)
-    wanted = people_to_draw(args, artist)
+    wanted = artist.people()
     out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
     settings = vars(args) | {"out": "", "dit_sha256": digest(args.dit), "fr_sha256": digest(args.fr)}
     if (out / "run.json").is_file():
@@ -257,12 +237,10 @@ def main():
         return print(f"{out / 'manifest.csv'}: already complete")
     replace_file(out / "run.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
     complete = lambda row: (out / artist.names[row] / "person.csv").is_file()
-    share = [*wanted][rank::world]
-    draw_people(artist, {row: wanted[row] for row in share if not complete(row)}, out)
-    if all(map(complete, wanted)):                                      # several ranks may find so: no harm
-        finish(artist, wanted, out)
-    else:
-        print(f"rank {rank} of {world} has drawn its share of {out}")
+    draw_people(artist, {row: wanted[row] for row in [*wanted][rank::world] if not complete(row)}, out)
+    if not all(map(complete, wanted)):
+        return print(f"rank {rank} of {world} has drawn its share of {out}")
+    finish(artist, wanted, out)                                         # several ranks may come here: no harm
 
 
 if __name__ == "__main__":
