@@ -9,19 +9,18 @@ identities are their labels, files their keys), with `root/landmarks.csv` where 
 there are any. The source `demo` is drawn on first use into runs/demo, as just such a folder.
 """
 import argparse
+import contextlib
 import csv
-import functools
+import glob
 import hashlib
 import io
-import math
+import itertools
 import os
 import pickle
-import shutil
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,10 +31,9 @@ from torchvision.io import encode_png, write_png
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import RetinaFace, detect_faces, fail, load_published, reading, replace_file, run, to_float, to_uint8
+from model import RetinaFace, detect_faces, fail, load_published, reading, replace_file, run, to_float
 
-CROPS = (".jpg", ".jpeg", ".png")
-PHOTOGRAPHS = (*CROPS, ".webp", ".bmp", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 # Where the five landmarks lie in an aligned 112 x 112 crop: the ArcFace template.
 TEMPLATE = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655],
@@ -67,127 +65,111 @@ def yaw_of(landmarks):
 # ------------------------------------------------------------------------------------------ the demo's people
 #
 # One face, painted on an ellipsoid with bumps, whose numbers vary independently, because virtual people can
-# only differ from everybody as much as the space of faces is wide. Shapes here: B pictures, P pixels; numbers
-# and masks (B, 1, P or 1), colours (B, 3, P or 1).
+# only differ from everybody as much as the space of faces is wide. A place on the head is its direction from
+# the middle (right, down, ahead), of length 1; in the tables u is how far aside, v how far down. Shapes: B
+# pictures, P pixels; numbers and masks (B, 1, P or 1), colours and places (B, 3, P or 1).
 
-WAVES = torch.tensor([(k, l, m) for k in (1.5, 3.5) for l in (1.5, 3.5) for m in (0, math.pi / 2)])
-BUMPS = torch.tensor([                          # x, y, width, height, mean and spread of how far it stands out
-    (0, .19, .12, .12, .25, .09), (0, 0, .08, .20, .08, .05),                   # tip of the nose, its bridge
-    (0, .85, .30, .20, .02, .12), (0, -.34, .50, .10, .04, .04),                # chin, forehead
-    (.48, .20, .22, .20, 0, .08), (.68, .58, .25, .25, -.02, .12)])             # cheeks, jaw
-SPOTS = [           # x, y, width, height, how they vary, is it opened by mouth and lids; share of skin and hair
-    (0, .76, .45, .25, .3, 0, 0, .4, .5),                                       # beard
-    (0, .52, .27, .07, .05, .6, 0, .75, 0), (0, .51, .23, .02, .05, .9, 0, .2, 0),          # lips, mouth
-    (.39, -.18, .16, .09, .05, 0, .3, .3, 0), (.39, -.16, .14, .07, .05, 0, .3, 1, 0),      # lashes, eye
-    (.39, -.16, .05, .05, .02, 0, .2, .1, 0), (.39, -.37, .19, .04, .05, 0, 0, 0, .7),      # iris, brow
-    (.5, .3, .25, .2, .3, 0, 0, .8, 0),                                         # cheeks
-    *[(0, .1, .06, .04, .7, 0, 0, .6, 0)] * 5]                                  # marks anywhere
-FEATURES = torch.tensor([(-.39, -.16), (.39, -.16), (0, .19), (-.26, .51), (.26, .51)]).T     # five landmarks
-PERSON = dict(radii=3, bumps=6, tint=24, skin=4, hair=3, hairline=4, spots=8 * len(SPOTS))    # numbers of each
-PICTURE = dict(turn=2, expression=2, crop=4, light=5, colour=3, background=9)
-
-
-def named(dials, counts):
-    """Numbers (B, sum of counts) in [0, 1] by name, (B, count, 1) in [-1, 1]."""
-    return SimpleNamespace(**dict(zip(counts, (2 * dials - 1)[..., None].split([*counts.values()], 1))))
+BUMPS = torch.tensor([          # u, v, width, height, mean and spread of how far it stands out
+    (0, .19, .12, .12, .25, .09), (0, 0, .08, .20, .08, .05), (0, .85, .30, .20, .02, .12),
+    # above: tip of the nose, its bridge, chin; below: forehead, cheeks, jaw
+    (0, -.34, .50, .10, .04, .04), (.48, .20, .22, .20, 0, .08), (.68, .58, .25, .25, -.02, .12)])
+SPOTS = [               # u, v, width, height, how they vary, opened by mouth, by lids; share of skin, of hair
+    (0, -.45, .40, .15, .3, 0, 0, .8, 0), (.54, .30, .26, .20, .3, 0, 0, .8, 0),            # forehead, cheeks
+    (0, .76, .50, .25, .3, 0, 0, .4, .5), (.43, -.37, .20, .04, .05, 0, 0, 0, .7),          # beard, brows
+    (0, .52, .31, .07, .05, .6, 0, .75, 0), (0, .51, .27, .02, .05, .9, 0, .2, 0),          # lips, mouth
+    (.40, -.18, .17, .09, .05, 0, .3, .3, 0), (.40, -.16, .15, .07, .05, 0, .3, 1, 0),      # lashes, eyes
+    (.40, -.16, .05, .05, .02, 0, .2, .1, 0), *[(0, .1, .06, .04, .7, 0, 0, .6, 0)] * 6]    # irises, marks
+LANDMARKS = torch.tensor([(-.39, -.16, .9), (.39, -.16, .9), (0, .19, 1), (-.26, .51, .8), (.26, .51, .8)])
+PERSON = dict(radii=3, bumps=len(BUMPS), skin=4, hair=3, hairline=3, spots=8 * len(SPOTS))  # numbers of each
+PICTURE = dict(turn=2, expression=2, crop=10, light=3, tint=3, scene=9)
 
 
-def swell(who, u, v):
-    """The head's radius, in the ellipsoid's, at the points (u, v) of the face."""
-    x, y, width, height, mean, spread = BUMPS.T[..., None]
-    bump = torch.exp(-((u.abs() - x) / width) ** 2 - ((v - y) / height) ** 2)   # (B, 6, P)
-    return 1 + ((mean + spread * who.bumps) * bump).sum(1, keepdim=True)
+def swell(bumps, place):
+    """The head's radius, in the ellipsoid's, at places (B, 3, P): (B, 1, P)."""
+    u, v, width, height, mean, spread = BUMPS.T[..., None]
+    distance = ((place[:, :1].abs() - u) / width) ** 2 + ((place[:, 1:2] - v) / height) ** 2    # (B, 6, P)
+    return 1 + ((mean + spread * bumps) * torch.exp(-distance)).sum(1, keepdim=True)
 
 
-def paint(who, how, u, v, front, pixel):
-    """Colours (B, 3, P) of the points (u, v) of the face, if they are in front; `pixel` in head units."""
-    edge = lambda inward: (inward / pixel + 0.5).clamp(0, 1)                    # one pixel wide
-    k, l, m = WAVES.T[..., None]
-    skin = torch.tensor([.63, .45, .36])[:, None] + .28 * who.skin[:, :1] + .08 * who.skin[:, 1:]
-    hair = .33 + .31 * who.hair
-    canvas = skin + .06 * who.tint.unflatten(1, (3, 8)).squeeze(-1) @ ((k * u).cos() * (l * v + m).cos())
-    mouth, lids = how.expression.split(1, 1)
-    for spot, numbers in zip(SPOTS, who.spots.split(8, 1)):
-        x, y, width, height, vary, by_mouth, by_lids, of_skin, of_hair = spot
-        right, down, wider, higher, tilt, *colour = numbers.split(1, 1)
-        side = (u.abs() if x else u) - x - vary * right                 # there are two of what is off the middle
-        across = (side + .3 * tilt * (v - y)) / (width * (1 + .25 * wider))
-        height = height * (1 + .25 * higher) * (1 + by_mouth * mouth + by_lids * lids)
-        along = (v - y - vary * down - .3 * tilt * side) / height
-        mask = edge((1 - (across ** 2 + along ** 2 + 1e-9).sqrt()) * height) * front
+def paint(place, pixel, expression, skin, hair, hairline, spots):
+    """Colours (B, 3, P) of places (B, 3, P) of the head; edges are one `pixel` (1 is its radius) wide."""
+    right, down, ahead = place.split(1, 1)
+    angle = torch.atan2(right, ahead)                                   # beyond a quarter turn is behind
+    canvas = skin = torch.tensor([.63, .45, .36])[:, None] + .28 * skin[:, :1] + .08 * skin[:, 1:]
+    hair = .33 + .31 * hair
+    for spot, numbers in zip(SPOTS, spots.split(8, 1)):
+        u, v, width, height, vary, by_mouth, by_lids, of_skin, of_hair = spot
+        aside, lower, wide, high, tilt, *colour = numbers.split(1, 1)
+        height = height * (1 + .25 * high) * (1 + by_mouth * expression[:, :1] + by_lids * expression[:, 1:])
+        x = (angle.abs() if u else angle) - u - vary * aside            # two of what is off the middle
+        y = down - v - vary * lower + .3 * tilt * x
+        mask = ((1 - torch.hypot(x / width / (1 + .25 * wide), y / height)) * height / pixel + .5).clamp(0, 1)
         canvas = canvas + mask * (of_skin * skin + of_hair * hair + .25 * torch.cat(colour, 1) - canvas)
-    top, arch, *curls = who.hairline.split(1, 1)
-    top = -.67 + .17 * top + (.2 + .3 * arch) * u ** 2
-    top = top + sum(.05 * curl * (6 * (i + 1) * u).cos() for i, curl in enumerate(curls))
-    return (canvas + edge(top - v).where(front, 1.0) * (hair - canvas)).clamp(0, 1)
+    top, arch, curl = hairline.split(1, 1)
+    top = -.67 + .17 * top + (.3 + .15 * arch) * angle ** 2 + .05 * curl * (12 * angle).cos()
+    return (canvas + ((top - down) / pixel + .5).clamp(0, 1) * (hair - canvas)).clamp(0, 1)
 
 
 def draw_faces(identity, nuisance, size):
-    """Draws people (B, 148) in circumstances (B, 25), in [0, 1]: images (B, 3, S, S), landmarks (B, 5, 2).
+    """People (B or 1, 139) in circumstances (B, 29), all in [0, 1]: images (B, 3, S, S), landmarks (B, 5, 2).
 
     Each pixel's ray is cast onto the surface of the head, so pose, parallax and landmarks are exact.
     """
-    B, pixel = len(identity), 2.2 / size                                        # in head units
-    who, how = named(identity, PERSON), named(nuisance, PICTURE)
-    radii = torch.tensor([.89, 1.2, .95])[:, None] + .1 * who.radii
-    yaw, pitch = .8 * how.turn[:, :1], .3 * how.turn[:, 1:]
-    sy, cy, sp, cp = yaw.sin(), yaw.cos(), pitch.sin(), pitch.cos()
-    turn = torch.cat([cy, 0 * cy, -sy, -sy * sp, cp, -cy * sp, sy * cp, sp, cy * cp], 1).view(B, 3, 3)
+    B, pixel = len(nuisance), 2.2 / size                                # in head units
+    radii, bumps, *looks = (2 * identity - 1)[..., None].split([*PERSON.values()], 1)       # each in [-1, 1]
+    turn, expression, crop, light, tint, scene = (2 * nuisance - 1)[..., None].split([*PICTURE.values()], 1)
+    radii = torch.tensor([.89, 1.2, .95])[:, None] + .1 * radii
+    axis = F.pad(turn.flip(1).mT * torch.tensor([.3, .8]), (0, 1))      # (B, 1, 3): pitch, yaw, no roll
+    turn = torch.matrix_exp(torch.linalg.cross(torch.eye(3)[None], axis))                   # (B, 3, 3)
 
     # Five landmarks on the surface, and the similarity that carries them to the aligned crop, a little off.
-    points = torch.cat([FEATURES, (1 - FEATURES.square().sum(0, keepdim=True)).sqrt()])
-    points = (turn.mT @ (points * radii * swell(who, *FEATURES)))[:, :2].mT                 # (B, 5, 2)
-    scale, shift = similarity(points, TEMPLATE.expand(B, 5, 2))
-    zoom, tilt, right, down = how.crop.unbind(1)
-    scale = scale * torch.polar(1 + .05 * zoom, .05 * tilt)
-    shift = shift + .02 * torch.complex(right, down)
+    points = F.normalize(LANDMARKS).T[None]                                                 # (1, 3, 5)
+    points = (turn.mT @ (points * radii * swell(bumps, points)))[:, :2].mT                  # (B, 5, 2)
+    scale, shift = similarity(points, TEMPLATE + .045 * crop.view(B, 5, 2))
 
-    # Cast every pixel's ray a + b z onto the surface |a + b z| = rho(u, v), by fixed-point iteration on rho.
+    # Cast every pixel's ray a + b z onto the surface |a + b z| = radius(place), by fixed-point iteration.
     grid = (torch.arange(size) + .5) / size
     grid = torch.cartesian_prod(grid, grid).flip(1)[None]                                   # (1, P, 2)
     xy = move(grid, 1 / scale, -shift / scale).mT                                           # (B, 2, P)
     a, b = turn[:, :, :2] @ xy / radii, turn[:, :, 2:] / radii                              # (B, 3, P or 1)
     aa, ab, bb = ((x * y).sum(1, keepdim=True) for x, y in ((a, a), (a, b), (b, b)))
-    rho = 1.0
+    radius = 1.0
     for _ in range(4):
-        inside = ab ** 2 - bb * (aa - rho ** 2)                                 # > 0 where the ray hits
+        inside = ab ** 2 - bb * (aa - radius ** 2)                      # > 0 where the ray hits
         z = (inside.clamp(min=0).sqrt() - ab) / bb
-        u, v, w = ((a + b * z) / rho).split(1, 1)                               # coordinates of the face
-        rho = swell(who, u, v)
+        place = (a + b * z) / radius
+        radius = swell(bumps, place)
 
     # Light on the surface normals, which are the slope of the depth map; behind the head a coloured slope.
     depth = (z * (inside > 0)).view(B, size, size)
     down, right = (slope * scale.abs()[..., None] * size for slope in torch.gradient(depth, dim=(1, 2)))
     normal = F.normalize(torch.stack([-right, -down, torch.ones_like(depth)], 1), dim=1).flatten(2)
-    towards = F.normalize(how.light[:, 2:] + torch.tensor([0, -.3, 2])[:, None], dim=1)
-    lambert = (normal * towards).sum(1, keepdim=True).clamp(min=0)
-    light = .5 + .15 * how.light[:, :1] + (.62 + .13 * how.light[:, 1:2]) * lambert
-    head = paint(who, how, u, v, w > 0, pixel) * light * (1 + .08 * how.colour)
-    image = .45 + .35 * how.background[:, :3] + .2 * how.background[:, 3:].view(B, 3, 2) @ xy
-    image = image + (inside / (3 * pixel) + 0.5).clamp(0, 1) * (head - image)
+    towards = torch.tensor([0, -.1, .6])[:, None] + .3 * light          # the lamp; its length is its strength
+    light = .5 + .1 * tint + (normal * towards).sum(1, keepdim=True).clamp(min=0)
+    head = light * paint(place, pixel, expression, *looks)
+    scene = .45 + .35 * scene[:, :3] + .2 * scene[:, 3:].view(B, 3, 2) @ xy
+    image = torch.lerp(scene, head, (inside / (3 * pixel) + .5).clamp(0, 1))
     return image.view(B, 3, size, size).clamp(0, 1), move(points, scale, shift)
 
 
 def write_csv(path, header, rows):
     """Writes a CSV file, all of it or nothing."""
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    replace_file(path, write)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    replace_file(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 
 def write_landmarks(path, rows):
     """Writes landmarks.csv from pairs of a file name in its folder and landmarks (5, 2) in pixels."""
     header = ["file", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")]
-    write_csv(path, header, ([name, *map("{:.2f}".format, points.flatten().tolist())] for name, points in rows))
+    write_csv(path, header, ([name, *map("{:.2f}".format, face.flatten().tolist())] for name, face in rows))
 
 
 def write_bin(path, images, pairs, generator):
     """Writes an InsightFace .bin of people (I, P, 3, S, S), uint8: ten folds sharing nobody, half same."""
     encoded, same = [], [p % 2 == 1 for p in range(pairs)]
     for p, fold in enumerate(fold for fold in images.chunk(10) for _ in range(pairs // 10)):
-        i, j = torch.randperm(len(fold), generator=generator)[:2].tolist()
-        a, b = torch.randperm(images.shape[1], generator=generator)[:2].tolist()
+        (i, j), (a, b) = (torch.randperm(n, generator=generator)[:2].tolist() for n in fold.shape[:2])
         encoded += [bytes(encode_png(image).numpy()) for image in (fold[i, a], fold[i if same[p] else j, b])]
     replace_file(path, lambda temporary: temporary.write_bytes(pickle.dumps((encoded, same), protocol=4)))
 
@@ -195,19 +177,18 @@ def write_bin(path, images, pairs, generator):
 def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
     """Draws the demo: a folder of `people` with landmarks.csv, and heldout.bin of others nobody trains on."""
     generator, temporary = torch.Generator().manual_seed(0), Path(f"{root}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pictures, landmarks = [], []
-    for person in tqdm(range(people + held_out), "drawing people", leave=False):
-        who = torch.rand(1, sum(PERSON.values()), generator=generator).expand(per_person, -1)
-        images, points = draw_faces(who, torch.rand(per_person, sum(PICTURE.values()), generator=generator), size)
-        noise = 0.02 * torch.randn(images.shape, generator=generator)           # of the sensor
-        pictures.append(to_uint8(2 * images - 1 + noise))
-        landmarks += ((f"p{person:04d}/{i:04d}.png", size * face) for i, face in enumerate(points))
-    for (name, _), image in zip(landmarks[:people * per_person], torch.cat(pictures)):
+    who = torch.rand(people + held_out, 1, sum(PERSON.values()), generator=generator)
+    how = torch.rand(len(who), per_person, sum(PICTURE.values()), generator=generator)
+    drawn = [draw_faces(*pair, size) for pair in zip(tqdm(who, "drawing people", leave=False), how)]
+    images, landmarks = map(torch.stack, zip(*drawn))                           # (I, P, ...), P of I people
+    # The sensor's noise is 1 % of the brightest.
+    images = (255 * images + 2.5 * torch.randn(images.shape, generator=generator)).clamp(0, 255).byte()
+    names = [f"p{person:04d}/{i:04d}.png" for person in range(people) for i in range(per_person)]
+    for name, image in zip(names, images.flatten(0, 1)):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         write_png(image, str(temporary / name))
-    write_landmarks(temporary / "landmarks.csv", landmarks[:people * per_person])
-    write_bin(temporary / "heldout.bin", torch.stack(pictures[people:]), 3000, generator)
+    write_landmarks(temporary / "landmarks.csv", zip(names, size * landmarks.flatten(0, 1)))
+    write_bin(temporary / "heldout.bin", images[people:], 3000, generator)
     os.replace(temporary, root)
 
 
@@ -216,30 +197,21 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
 
 def read_image(file, size=None):
     """One image of a path or an open file, uint8 (3, S, S) RGB, resized to `size` if need be."""
-    with Image.open(file) as image:
-        if image.width * image.height > 64e6:
-            raise ValueError(f"{image.width} x {image.height} pixels are no face crop")
-        image = image.convert("RGB")
-    if size and image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2)
+    image = Image.open(file).convert("RGB")
+    if size:
+        image = image.resize((size, size), Image.BICUBIC, reducing_gap=2)
     return pil_to_tensor(image)
 
 
 MAGIC = 0xced7230a                                                      # begins each RecordIO record
 
 
-@functools.cache
-def mapped(path):
-    """The bytes of a file, mapped into memory once by each process."""
-    return np.memmap(path, np.uint8, "r")
-
-
 def read_record(path, offset):
-    """The encoded image, an open file, of the record at `offset`; one that holds MAGIC is cut there in parts."""
-    content, parts, flag = mapped(path), [], 1
-    while flag in (1, 2):                                               # begins, goes on; 0 is whole, 3 the end
+    """The encoded image, an open file, of the record at `offset`; cut in parts where it held MAGIC."""
+    content, parts, flag = np.memmap(path, mode="r"), [], 1
+    while flag in (1, 2):                                       # begins, goes on; 0 is whole, 3 the end
         _, word = struct.unpack_from("<II", content, offset)
-        flag, length = word >> 29, word & 0x1fffffff
+        flag, length = divmod(word, 1 << 29)
         parts.append(content[offset + 8:offset + 8 + length].tobytes())
         offset += 8 + (length + 3) // 4 * 4
     record = struct.pack("<I", MAGIC).join(parts)
@@ -254,26 +226,20 @@ def list_records(path):
     """
     index = path.with_suffix(".idx")
     with reading(index, f"a line of key and offset for every record of {path.name}"):
-        content = mapped(path)
-        for line in index.read_text().splitlines():
-            key, offset = map(int, line.split())
-            magic, length, flag, label = struct.unpack_from("<IIIf", content, max(0, offset))
-            if magic != MAGIC or offset < 0 or offset + 8 + (length & 0x1fffffff) > len(content):
+        content = np.memmap(path, mode="r")
+        for key, offset in np.loadtxt(index, np.int64, ndmin=2).tolist():
+            magic, word, flag = struct.unpack_from("<III", content, offset)
+            if magic != MAGIC or offset + 8 + word % (1 << 29) > len(content):
                 raise ValueError(f"record {key} lacks the magic number or ends beyond {len(content)} bytes")
-            image = offset + 32 + 4 * flag
-            label, = struct.unpack_from("<f", content, offset + 32) if flag else (label,)
-            if content[image:image + 2].tobytes() in (b"\xff\xd8", b"\x89P"):               # JPEG, PNG
+            label, = struct.unpack_from("<f", content, offset + (32 if flag else 12))
+            if word % (1 << 29) > 24 + 4 * flag:
                 yield str(int(label)), str(key), offset
 
 
 def list_images(root):
-    """Yields identity, name, offset of the images of a source: name as in landmarks.csv, offset in a .rec."""
-    if (root / "train.rec").is_file():
-        yield from list_records(root / "train.rec")
-    for folder in sorted(entry.name for entry in os.scandir(root) if entry.is_dir()):
-        for name in sorted(os.listdir(root / folder)):
-            if name.lower().endswith(CROPS):
-                yield folder, f"{folder}/{name}", -1
+    """The names identity/image, with slashes, of the images in the folders of a folder."""
+    names = (Path(name).as_posix() for name in glob.glob("*/*", root_dir=root))
+    return sorted(name for name in names if name.lower().endswith(IMAGES))
 
 
 class BinUnpickler(pickle.Unpickler):
@@ -289,16 +255,14 @@ class BinUnpickler(pickle.Unpickler):
 
 
 def read_benchmark(path, size):
-    """An InsightFace .bin: uint8 images (2P, 3, S, S), pair p is 2p and 2p + 1; same person or not (P,) bool."""
+    """An InsightFace .bin: uint8 images (2P, 3, S, S), pair p is 2p and 2p + 1; same person or not (P,)."""
     with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
-        with open(path, "rb") as file:
-            encoded, same = BinUnpickler(file, encoding="bytes").load()
+        encoded, same = BinUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="bytes").load()
         decoded = pool.map(lambda image: read_image(io.BytesIO(bytes(image)), size), encoded)
-        images = torch.stack([*tqdm(decoded, f"reading {Path(path).name}", len(encoded), leave=False)])
+        images = torch.stack([*tqdm(decoded, f"reading {path}", len(encoded), leave=False)])
         same = torch.as_tensor(np.asarray(same, dtype=bool))
         if len(images) != 2 * len(same) or len(same) < 10 or same.all() or not same.any():
-            raise ValueError(f"10 pairs or more, of one person and of two, are a benchmark: {len(images)} "
-                             f"images, {same.sum()} pairs of one person and {(~same).sum()} of two found")
+            raise ValueError(f"{len(images)} images, {same.sum()} of {len(same)} pairs of one person")
     return images, same
 
 
@@ -317,17 +281,14 @@ def open_source(name):
     return root
 
 
-def read_landmarks(path, names, side):
-    """Landmarks (M, 5, 2) in [0, 1] of crops `side` wide by their names; NaN where landmarks.csv has none."""
-    table = {}
-    if path.is_file():
-        with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"), open(path, newline="") as file:
-            for name, *numbers in list(csv.reader(file))[1:]:
-                table[name] = np.array(numbers[:10], np.float32).reshape(5, 2) / side
-                if (np.abs(table[name] - 0.5) > 2).any():
-                    raise ValueError(f"{name} has some far outside its {side} pixels")
-    unknown = np.full((5, 2), np.nan, np.float32)
-    return torch.from_numpy(np.stack([table.get(name, unknown) for name in names]))
+def read_landmarks(root, paths, side):
+    """Landmarks (M, 5, 2) in [0, 1] of the files root/name, `side` wide; NaN where landmarks.csv has none."""
+    path = root / "landmarks.csv"
+    with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"):
+        lines = path.read_text().splitlines()[1:] if path.is_file() else []
+        table = {f"{root}/{name}": np.array(numbers[:10], np.float32) for name, *numbers in csv.reader(lines)}
+        rows = [table.get(os.fsdecode(file), [np.nan] * 10) for file in paths]
+        return torch.from_numpy(np.array(rows, np.float32)).view(-1, 5, 2) / side
 
 
 class Faces(Dataset):
@@ -339,23 +300,23 @@ class Faces(Dataset):
     """
 
     def __init__(self, sources, size=None, memory=3e9):
-        self.people, self.bad, self.images, self.size = {}, set(), None, None   # people: {identity: label}
-        self.paths, self.offsets, self.labels, self.landmarks = [], [], [], []
+        self.people, self.bad = {}, set()                               # people: {identity: label}
+        self.size, self.images = None, None
+        self.paths, self.offsets, self.labels, landmarks = [], [], [], []
         for source in sources:
-            root = open_source(source)
-            found = [*list_images(root)]
+            root, first = open_source(source), len(self)
+            found = [*list_records(root / "train.rec")] if (root / "train.rec").is_file() else []
+            found += [(name.split("/")[0], name, -1) for name in list_images(root)]
             if not found:
-                fail(f"--data {source}: no images in it; expected identity/image.jpg or .png, or train.rec "
-                     "with train.idx")
-            identities, names, offsets = zip(*found)
-            first = len(self.paths)
-            self.paths = np.append(self.paths, [os.fsencode(f"{root}/{name}") for name in names]).astype("S")
-            self.offsets = np.append(self.offsets, offsets).astype(int)
-            self.labels += [self.people.setdefault(identity, len(self.people)) for identity in identities]
+                fail(f"--data {source}: no images; expected identity/image.jpg, or train.rec and train.idx")
+            self.labels += [self.people.setdefault(identity, len(self.people)) for identity, _, _ in found]
+            self.paths += [os.fsencode(f"{root}/{name}") for _, name, _ in found]
+            self.offsets += [offset for _, _, offset in found]
             side = self.readable(first)[0].shape[2]                     # as stored, while self.size is None
-            self.landmarks.append(read_landmarks(root / "landmarks.csv", names, side))
+            landmarks.append(read_landmarks(root, self.paths[first:], side))
             size = size or side
-        self.size, self.labels, self.landmarks = size, torch.tensor(self.labels), torch.cat(self.landmarks)
+        self.paths, self.offsets = np.array(self.paths), np.array(self.offsets)
+        self.labels, self.landmarks, self.size = torch.tensor(self.labels), torch.cat(landmarks), size
         if len(self) * 3 * size ** 2 <= memory:
             with ThreadPoolExecutor(processors()) as pool:
                 decoded = pool.map(self.readable, range(len(self)))
@@ -373,12 +334,10 @@ class Faces(Dataset):
     def readable(self, i):
         """Image i, or the next that can be read: uint8 array (3, S, S), and which one it is."""
         for j in ((i + on) % len(self) for on in range(len(self))):
-            try:
+            with contextlib.suppress(Exception):                        # images break in every possible way
                 path, offset = Path(self.path(j)), self.offsets[j]
                 file = path if offset < 0 else read_record(path.parent / "train.rec", offset)
                 return read_image(file, self.size).numpy(), j
-            except Exception:                                           # images break in every possible way
-                continue
         fail(f"{self.path(i)}: neither this nor any other image can be read")
 
     def report(self, unreadable):
@@ -387,8 +346,7 @@ class Faces(Dataset):
             tqdm.write(f"warning: {self.path(i)}: unreadable image, another stands in", sys.stderr)
             self.bad.add(i)
         if len(self.bad) > 0.01 * len(self):
-            fail(f"{self.path(min(self.bad))}: unreadable image, one of {len(self.bad)} in {len(self)}; "
-                 "over 1 % is no accident, replace or remove them")
+            fail(f"{len(self.bad)} of {len(self)} images are unreadable, over 1 %: replace or remove them")
 
     def __getitems__(self, indices):
         """A batch: uint8 images (B, 3, S, S), which ones they are (B,), and which were wanted (B,)."""
@@ -401,11 +359,10 @@ class Faces(Dataset):
     def loader(self, order):
         """Yields (images, indices) of the batches of indices in `order`, decoded by workers if need be."""
         workers = 0 if self.images is not None else processors()        # arrays come by pipe: no /dev/shm
-        for images, which, wanted in DataLoader(self, batch_sampler=order, collate_fn=tuple,
-                                                num_workers=workers):
-            self.report(wanted[which != wanted])
+        for images, i, wanted in DataLoader(self, batch_sampler=order, collate_fn=tuple, num_workers=workers):
+            self.report(wanted[i != wanted])
             images = torch.from_numpy(images)
-            yield images.pin_memory() if torch.cuda.is_available() else images, torch.from_numpy(which)
+            yield images.pin_memory() if torch.cuda.is_available() else images, torch.from_numpy(i)
 
 
 def batches(faces, batch, seed, first, last, device, name):
@@ -415,15 +372,11 @@ def batches(faces, batch, seed, first, last, device, name):
     repeats itself.
     """
     per_epoch = len(faces) // batch                                             # drop_last
-
-    def order():
-        for step in range(first, last):
-            epoch, position = divmod(step, per_epoch)
-            if position == 0 or step == first:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                shuffled = torch.randperm(len(faces), generator=generator).tolist()
-            yield shuffled[position * batch:(position + 1) * batch]
-    progress = tqdm(faces.loader(order()), name, initial=first, total=last, mininterval=1, leave=False)
+    shuffled = (np.random.default_rng([seed, epoch]).permutation(len(faces))
+                for epoch in itertools.count(first // per_epoch))
+    order = (indices for epoch in shuffled for indices in epoch[:per_epoch * batch].reshape(per_epoch, batch))
+    order = itertools.islice(order, first % per_epoch, first % per_epoch + last - first)
+    progress = tqdm(faces.loader(order), name, initial=first, total=last, mininterval=1, leave=False)
     for step, (images, i) in enumerate(progress, first):
         torch.manual_seed(seed * 1_000_003 + step)
         x, labels, landmarks = (tensor.to(device, non_blocking=True)
@@ -442,10 +395,8 @@ def load_detector(weights, folder, device):
     path = Path(weights or Path(folder) / WEIGHTS_URL.split("/")[-1])
     if not weights and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with reading(WEIGHTS_URL, f"to fetch it (or put that file at {path}, or name it with --weights)"):
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_SHA256)
-        except (OSError, RuntimeError) as error:
-            fail(f"{WEIGHTS_URL}: not fetched ({error}); put that file at {path}, or name it with --weights")
     return load_published(RetinaFace(), path).to(device, memory_format=torch.channels_last).eval()
 
 
@@ -468,35 +419,27 @@ def crop_landmarks(detector, images):
 
 def complete_landmarks(faces, folder, weights, device):
     """Fills in the landmarks that `faces` lack; they are kept in folder/landmarks, a file for each 4,096."""
-    missing = faces.landmarks.isnan().flatten(1).any(1).nonzero()[:, 0]
+    missing = faces.landmarks[:, 0, 0].isnan().nonzero()[:, 0]
     if not len(missing):
         return
     detector = load_detector(weights, folder, device)
     for part in tqdm(missing.split(4096), "landmarks", leave=False):
-        key = hashlib.sha256(b"\n".join(faces.paths[part.numpy()])).hexdigest()[:16]
-        path = Path(folder) / "landmarks" / f"{key}.npy"
+        path = Path(folder, "landmarks", hashlib.sha256(faces.paths[part]).hexdigest()).with_suffix(".pt")
         if not path.is_file():
-            found = torch.cat([crop_landmarks(detector, images.to(device))
-                               for images, _ in faces.loader(part.split(64))])
-            replace_file(path, lambda temporary: found.numpy().tofile(temporary))
+            found = [crop_landmarks(detector, x.to(device)) for x, _ in faces.loader(part.split(64))]
+            replace_file(path, lambda temporary: torch.save(torch.cat(found), temporary))
         with reading(path, f"landmarks of {len(part)} images (delete it to find them again)"):
-            faces.landmarks[part] = torch.from_numpy(np.fromfile(path, np.float32)).view(len(part), 5, 2)
-    lost = faces.landmarks.isnan().flatten(1).any(1)
+            faces.landmarks[part] = torch.load(path, weights_only=True).view(len(part), 5, 2)
+    lost = faces.landmarks[:, 0, 0].isnan()
     faces.landmarks[lost] = TEMPLATE
-    print(f"found the landmarks of {len(missing) - lost.sum()} of {len(missing)} images"
-          f"{f'; for {lost.sum()} the template stands in' if lost.any() else ''}")
+    print(f"landmarks: found in {len(missing) - lost.sum()} of {len(missing)} images, else the template's")
 
 
 def largest_face(detector, image, device, smallest, side=640):
-    """Landmarks (5, 2) in pixels of the face of a photograph with the largest box times score.
-
-    The photograph is shrunk to `side` if need be, and grey fills it up to multiples of the network's stride.
-    """
-    scale = min(1, side / max(image.size))
-    small = pil_to_tensor(image.resize([max(1, round(length * scale)) for length in image.size], reducing_gap=2))
-    right, below = (-length % 32 for length in (small.shape[2], small.shape[1]))
-    padded = F.pad(small[None], (0, right, 0, below), value=114)
-    (scores, boxes, points), = detect_faces(detector, padded.to(device))
+    """Landmarks (5, 2) in pixels of the face with the largest box times score, seen at `side` at most."""
+    small = ImageOps.contain(image, (min(side, image.width), min(side, image.height)))
+    scale = small.width / image.width
+    (scores, boxes, points), = detect_faces(detector, pil_to_tensor(small)[None].to(device))
     sides = (boxes[:, 2:] - boxes[:, :2]) / scale                               # (K, 2)
     rank = (sides.prod(1) * scores).where(sides.amin(1) >= smallest, 0.0)
     if not rank.any():
@@ -510,13 +453,11 @@ def crop_face(image, points, size):
     Similarity transform to the ArcFace template. Where that shrinks, the photograph is averaged down first,
     so that nothing aliases.
     """
-    factor = max(1, int(1 / similarity(points, size * TEMPLATE)[0].abs()))
-    image, points = image.reduce(factor), points / factor
     scale, shift = similarity(points, size * TEMPLATE)
-    back, offset = 1 / scale, -shift / scale                    # PIL asks where a pixel of the crop is from
-    affine = [back.real, -back.imag, offset.real, back.imag, back.real, offset.imag]
-    crop = image.transform((size, size), Image.Transform.AFFINE, [x.item() for x in affine],
-                           Image.Resampling.BICUBIC)
+    factor = max(1, int(1 / scale.abs()))
+    back, offset = 1 / scale / factor, -shift / scale / factor  # PIL asks where a pixel of the crop is from
+    affine = torch.cat([back.real, -back.imag, offset.real, back.imag, back.real, offset.imag]).tolist()
+    crop = image.reduce(factor).transform((size, size), Image.AFFINE, affine, Image.BICUBIC)
     return crop, move(points, scale, shift)
 
 
@@ -526,41 +467,35 @@ def align(photos, out, detector, device, size=112, smallest=40):
     A crop carries its landmarks as JPEG comment, so that what is there need not be done again. Photographs
     without a face of `smallest` pixels are listed in rejected.csv.
     """
-    names = sorted(path.relative_to(photos).as_posix() for path in Path(photos).glob("*/*")
-                   if path.suffix.lower() in PHOTOGRAPHS)
+    names = list_images(photos)
     if not names:
-        fail(f"{photos}: no photographs; expected identity/photo.jpg, .png, .webp, .bmp or .tif")
+        fail(f"{photos}: expected photographs, identity/photo with one of {' '.join(IMAGES)}; found none")
     crops, rejected = [], []                                            # rows of the two tables
 
     def finish(name):
         """Writes the crop of one photograph, unless it is there, and its row."""
-        crop_name = name if name.lower().endswith(".jpg") else f"{name}.jpg"
+        crop_name = name.removesuffix(".jpg") + ".jpg"
         path = Path(out) / crop_name
         try:
             if not path.is_file():
-                with Image.open(Path(photos) / name) as image:
-                    image = ImageOps.exif_transpose(image).convert("RGB")
+                image = ImageOps.exif_transpose(Image.open(Path(photos) / name)).convert("RGB")
                 crop, landmarks = crop_face(image, largest_face(detector, image, device, smallest), size)
-                comment = " ".join(map("{:.2f}".format, landmarks.flatten().tolist()))
-                replace_file(path, lambda temporary: crop.save(temporary, "JPEG", quality=95, subsampling=0,
-                                                               comment=comment))
+                crop.info["comment"] = " ".join(map(str, landmarks.flatten().tolist()))
+                replace_file(path, lambda temporary: crop.save(temporary, "JPEG", quality=95, subsampling=0))
             with Image.open(path) as crop:
-                landmarks = torch.tensor([*map(float, crop.info["comment"].split())])
-            crops.append((crop_name, landmarks))
+                crops.append((crop_name, torch.tensor([*map(float, crop.info["comment"].split())])))
         except Exception as error:                                      # images break in every possible way
             rejected.append((name, str(error) if isinstance(error, ValueError) else f"unreadable: {error}"))
     torch.set_num_threads(1)                                            # each photograph has a thread
     with ThreadPoolExecutor(processors()) as pool:
-        for _ in tqdm(pool.map(finish, names), out, len(names), unit="img", leave=False):
-            pass
+        list(tqdm(pool.map(finish, names), str(out), len(names), leave=False))
     write_csv(Path(out) / "rejected.csv", ["file", "reason"], sorted(rejected))
     write_landmarks(Path(out) / "landmarks.csv", sorted(crops, key=lambda row: row[0]))
     print(f"{len(crops)} faces in {out}; {len(rejected)} photographs in rejected.csv")
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     flag = parser.add_argument
     flag("task", choices=["align", "landmarks"], help="cut faces out of photographs, or find their landmarks")
     flag("source", metavar="DIR", help="identity folders of photographs (align) or of faces; or train.rec")

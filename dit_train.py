@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -33,10 +34,10 @@ flag("--arch", choices=[f"{size}/{patch}" for size in DIT_SIZES for patch in (4,
 flag("--steps", type=int, help="training steps (default: 1,200 for Ti, 200,000 for others)")
 flag("--batch", type=int, help="images per step (default: 64 for Ti, 256 for others)")
 flag("--lr", type=float, help="peak learning rate (default: 1e-3 for Ti, 2e-4 for others)")
-flag("--identity-weight", type=float, default=0.05, help="weight of the identity loss (default: %(default)s)")
-flag("--preview", type=int, help="steps between previews (default: an eighth of the run, 5,000 at most)")
 flag("--weights", metavar="PATH", help="RetinaFace's, where landmarks are missing (default: fetched)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
+
+IDENTITY_WEIGHT = 0.05                                                  # paper: not given
 
 
 def learning_rate(step, steps, peak):
@@ -44,96 +45,99 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
 
 
-def closeness(backbone, prototypes, faces, rows, device, most=10_000):
-    """How close real images come to prototypes, for sample.py's leak rule: 99 % of strangers stay below
-    `strangers`; the median cosine to the own one is `own`. Of `most` images at most; rows (labels,) of W."""
+def mirror(x, landmarks):
+    """Images (B, 3, S, S) and landmarks (B, 5, 2), half of them, by chance, mirrored: twice the data."""
+    flip = torch.rand(len(x), 1, 1, device=x.device) < 0.5
+    mirrored = landmarks[:, [1, 0, 2, 4, 3]] * landmarks.new_tensor([-1, 1]) + landmarks.new_tensor([1, 0])
+    return torch.where(flip[..., None], x.flip(3), x), torch.where(flip, mirrored, landmarks)
+
+
+def leak_lines(backbone, prototypes, faces, rows, device, most=10_000):
+    """How near sample.py may come to a real person, from `most` real images; rows (labels,) of prototypes.
+
+    strangers: the cosine that 99 % of strangers do not reach; own: the median cosine to the own prototype.
+    """
     some = torch.randperm(len(faces), generator=torch.Generator().manual_seed(0))[:most]
     seen = embed_faces(backbone, prototypes, faces, device, some)
-    real, own = torch.nn.functional.normalize(prototypes.real), rows[seen.labels]
+    real, own = F.normalize(prototypes.real), rows[seen.labels]
     return {"strangers": quantile(nearest(seen.f, real, own)[0], 0.99),
             "own": quantile((seen.f * real[own]).sum(1), 0.5)}
 
 
-def make_preview(out, average, backbone, W, n, landmarks, seed):
-    """A function of the step that draws fixed people, poses and noise: four real rows, four virtual ones."""
-    generator, rows, columns = torch.Generator().manual_seed(seed), 4, 8
-    people = [torch.linspace(0, n - 1, rows), torch.linspace(n, len(W) - 1, rows)][:1 + (len(W) > n)]
-    w = W[torch.cat(people).long()].repeat_interleave(columns, 0)
-    poses = torch.randint(len(landmarks), (columns,), generator=generator)
-    pose = landmarks[poses].repeat(len(w) // columns, 1, 1).to(W.device)
-    noise = torch.randn(len(w), 3, average.size, average.size, generator=generator).to(W.device)
+@torch.no_grad()
+def preview(path, dit, backbone, W, real, landmarks, seed, rows=4, columns=8):
+    """Draws people (prototypes W, the first those of `real` names), a row each, with guidance 2.
 
-    @torch.no_grad()
-    def preview(step):
-        """Draws with guidance 2; mean cosine to the own prototype of real people, and of virtual ones."""
-        with autocast(W.device):
-            images = to_uint8(dpm_solver(guided(average, w, pose, guidance=2.0), noise, steps=10))
-        replace_file(out / f"preview-{step:06d}.jpg", lambda path: save_image(
-            images.cpu() / 255, path, "JPEG", nrow=columns, padding=1))
-        own = (embed(backbone, images) * w).sum(1)
-        return own[:rows * columns].mean().item(), own[rows * columns:].mean().item()
-    return preview
+    Returns the mean cosine to the own prototype of both kinds. Poses and noise depend on the seed alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n, last = len(real), len(W) - 1
+    people = torch.cat([torch.linspace(0, n - 1, rows), torch.linspace(min(n, last), last, rows)]).long()
+    w = W[people].repeat_interleave(columns, 0)
+    pose = landmarks[torch.randint(len(landmarks), (columns,), generator=generator)].repeat(2 * rows, 1, 1)
+    noise = torch.randn(len(w), 3, dit.size, dit.size, generator=generator).to(W.device)
+    with autocast(W.device):
+        images = to_uint8(dpm_solver(guided(dit, w, pose.to(W.device), guidance=2.0), noise, steps=10))
+    replace_file(path, lambda path: save_image(images.cpu() / 255, path, "JPEG", nrow=columns, padding=1))
+    return (embed(backbone, images) * w).sum(1).view(2, -1).mean(1).tolist()
 
 
 def main():
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone, prototypes, fr = load_recogniser(args.fr, device)
-    data, out = args.data or fr["data"], Path(args.out)
+    data, out, W = args.data or fr["data"], Path(args.out), prototypes.unit()
     faces = Faces(data, fr["config"]["size"])
-    row_of = {name: i for i, name in enumerate(fr["names"])}
-    if unknown := [name for name in faces.people if name not in row_of]:
-        fail(f"{args.fr}: {len(unknown)} of {len(faces.people)} people have no prototype, {unknown[0]} first; "
-             "train fr_train.py on the same --data")
+    if unknown := sorted(faces.people.keys() - fr["names"]):
+        fail(f"{args.fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on --data")
+    row_of = {name: row for row, name in enumerate(fr["names"])}
     rows = torch.tensor([row_of[name] for name in faces.people], device=device)     # of W, for each label
     args.arch = args.arch or ("Ti/4" if faces.size <= 64 else "B/8")
     size, patch = args.arch.split("/")
     if faces.size % int(patch):
         fail(f"--arch {args.arch}: {faces.size} pixels are not whole patches of {patch}; give {size}/4")
-    steps = args.steps = args.steps or (1200 if size == "Ti" else 200_000)
-    batch = args.batch = min(args.batch or (64 if size == "Ti" else 256), len(faces))
-    peak = args.lr = args.lr or (1e-3 if size == "Ti" else 2e-4)
-    preview_every = args.preview or max(1, min(5000, steps // 8))
+    default_steps, default_batch, default_lr = (1200, 64, 1e-3) if size == "Ti" else (200_000, 256, 2e-4)
+    steps, lr = args.steps or default_steps, args.lr or default_lr
+    batch, every = min(args.batch or default_batch, len(faces)), max(1, min(5000, steps // 8))
 
     torch.manual_seed(args.seed)
     dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[size]).to(device)
     average = copy.deepcopy(dit).requires_grad_(False)
-    decay = min(0.9999, steps / (steps + 20))          # the average spans the last 20 steps of a hundred
+    decay = min(0.9999, steps / (steps + 20))                   # the average spans a twentieth of short runs
     fast, fast_backbone = (compiled(module, device, steps * batch) for module in (dit, backbone))
-    optimizer = torch.optim.AdamW(dit.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    settings = {**vars(args), "data": data, "fr_sha256": digest(args.fr), "images": len(faces),
-                "fr": "", "out": "", "preview": ""}
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    settings = vars(args) | {"data": data, "steps": steps, "batch": batch, "lr": lr, "images": len(faces),
+                             "fr": digest(args.fr), "out": ""}
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
     first = resume(out / "state.pt", settings, modules)
     complete_landmarks(faces, out, args.weights, device)
-    leak_line = closeness(backbone, prototypes, faces, rows, device)
-    W = prototypes.unit()
-    preview = make_preview(out, average, backbone, W, len(prototypes.real), faces.landmarks, args.seed)
-    print(f"DiT-{args.arch}, {sum(p.numel() for p in dit.parameters()) / 1e6:.1f}M parameters, {len(faces)} "
-          f"images at {faces.size} px, {steps} steps of {batch}, on {device}")
+    lines = leak_lines(backbone, prototypes, faces, rows, device)
+    print(f"{len(faces)} images at {faces.size} px; DiT-{args.arch}, {steps} steps of {batch} on {device}")
 
-    losses, last_step, last_time = torch.zeros(2, device=device), first, time.time()
+    losses, last_step, last_time = torch.zeros(2, device=device), first, time.time()    # since the last line
     for step, x, labels, landmarks in batches(faces, batch, args.seed, first, steps, device, out.name):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step, steps, lr)
+        x, landmarks = mirror(x, landmarks)
         with autocast(device):
-            v_loss, identity_loss = dit_loss(fast, fast_backbone, x, W[rows[labels]], landmarks,
-                                             prototypes.sigma2)
-        (v_loss + args.identity_weight * identity_loss).backward()
+            w = W[rows[labels]]
+            v_loss, identity_loss = dit_loss(fast, fast_backbone, x, w, landmarks, prototypes.sigma2)
+        (v_loss + IDENTITY_WEIGHT * identity_loss).backward()
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_([*average.parameters()], [*dit.parameters()], 1 - decay)
         losses += torch.stack([v_loss.detach(), identity_loss.detach()])
 
-        if (step + 1) % preview_every == 0 or step + 1 == steps:
-            v_mean, identity_mean = stop_unless_finite((losses / (step + 1 - last_step)).tolist(), step + 1, out)
-            speed = batch * (step + 1 - last_step) / (time.time() - last_time)
-            real, virtual = preview(step + 1)
-            tensors = {f"dit.{name}": t for name, t in average.state_dict().items()}
-            tensors |= {"poses.landmarks": faces.landmarks, "poses.rows": rows.cpu()[faces.labels]}
-            save_model(out, "dit", average.config, tensors, fr=args.fr, fr_sha256=settings["fr_sha256"],
-                       **leak_line, step=step + 1, steps=steps)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            count = step + 1 - last_step
+            v_mean, identity_mean = stop_unless_finite((losses / count).tolist(), step + 1, out)
+            speed = batch * count / (time.time() - last_time)
+            real, virtual = preview(out / f"preview-{step + 1:06d}.jpg", average, backbone, W, fr["names"],
+                                    faces.landmarks, args.seed)
+            poses = {"landmarks": faces.landmarks, "rows": rows.cpu()[faces.labels]}
+            save_model(out, "dit", average.config, {"dit": average.state_dict(), "poses": poses}, fr=args.fr,
+                       fr_sha256=settings["fr"], step=step + 1, steps=steps, **lines)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
             tqdm.write(f"step {step + 1:6d}/{steps}  loss v {v_mean:.4f} identity {identity_mean:.4f}  "
                        f"own cosine real {real:.3f} virtual {virtual:.3f}  {speed:5.0f} img/s")

@@ -9,7 +9,6 @@ same command continues a run that was killed.
 """
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -18,28 +17,27 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Faces, batches, open_source, read_benchmark
-from evaluate import nearest, pair_distances, verification
-from model import (FR_ARCHS, MARGINS, Prototypes, Recogniser, autocast, compiled, fail, resume, run, save_model,
-                   save_state, stop_unless_finite, vigface_loss, virtual_batch_size)
+from evaluate import nearest, pair_distances, quantile, verification
+from model import (FR_ARCHS, MARGINS, Prototypes, Recogniser, autocast, compiled, fail, resume, run,
+                   save_model, save_state, stop_unless_finite, vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
-flag("--data", nargs="+", default=["demo"], metavar="DIR",
-     help="image folders, united by identity name, or 'demo' (default: demo)")
+flag("--data", nargs="+", default=["demo"], metavar="DIR", help="folders, united by identity (default: demo)")
 flag("--val", nargs="+", metavar="BIN", help="benchmarks (default: the *.bin beside the data)")
 flag("--out", default="runs/fr", metavar="DIR", help="run folder (default: %(default)s)")
 flag("--size", type=int, help="image side in pixels, a multiple of 16 (default: that of the data)")
 flag("--arch", choices=FR_ARCHS, help="network (default: tiny up to 64 pixels, ir_se50 above)")
 flag("--head", choices=MARGINS, default="arcface", help="margin (default: %(default)s)")
 flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as many as real identities)")
-flag("--free", action="store_true", help="virtual prototypes are free vectors, as in the paper (default: off)")
+flag("--free", action="store_true", help="virtual prototypes as in the paper, free vectors (default: off)")
 flag("--epochs", type=int, help="(default: 26 for ir_se50, 10 for tiny; more if that is under 1,250 steps)")
 flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for tiny)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
-# Epochs, batch, and the scale of the margin loss: at 64, as published, the tiny network cannot keep the margin,
-# and people fall together (on LFW and CelebA at 32 pixels: 74.1 % at 64, 75.1 % at 32; docs/measurements.md).
+# Epochs, batch, and scale of the margin loss: at 64, as published, the tiny network cannot keep the margin,
+# and people fall together (docs/measurements.md).
 RECIPES = {"tiny": (10, 128, 32.0), "ir_se50": (26, 512, 64.0)}
 
 
@@ -48,8 +46,15 @@ def learning_rate(step, steps, warmup, peak):
     return peak * min(1, (step + 1) / warmup) * 0.1 ** sum(step >= x * steps for x in (0.46, 0.77, 0.92))
 
 
+def make_optimizer(parameters):
+    """SGD with momentum; its learning rate is set at each step. Norms, biases and PReLU do not decay."""
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 5e-4},
+              {"params": [p for p in parameters if p.ndim < 2]}]
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
+
+
 def augment(x, p=0.2):
-    """AdaFace's augmentations of images (B, 3, S, S) in [-1, 1], each with probability p an image.
+    """Mirroring, and AdaFace's augmentations of images (B, 3, S, S) in [-1, 1], each of probability p.
 
     Crop: a random box keeps its place, the rest turns black. Low resolution: down by one factor a batch and
     up again (AdaFace: a factor an image). Photometric: brightness, contrast and saturation by 0.5 to 1.5.
@@ -62,6 +67,7 @@ def augment(x, p=0.2):
     tall, wide = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
     top, left = uniform(0, 1) * (1 - tall), uniform(0, 1) * (1 - wide)
     box = (grid[:, None] > top) & (grid[:, None] < top + tall) & (grid > left) & (grid < left + wide)
+    x = torch.where(uniform(0, 1) < 0.5, x, x.flip(3))
     x = torch.where(chosen() & ~box, -1.0, x)
     small = F.interpolate(x, size=max(2, int(S * (0.2 + 0.8 * torch.rand(()).item()))), mode="area")
     x = torch.where(chosen(), F.interpolate(small, size=S, mode="bilinear"), x)
@@ -71,17 +77,25 @@ def augment(x, p=0.2):
     return torch.where(chosen(), light.clamp(0, 2) - 1, x)
 
 
+def test(backbone, benchmarks):
+    """A text with the accuracy on each of {name: (images, same)}."""
+    backbone.eval()
+    scores = {name: verification(pair_distances(backbone, images), same)
+              for name, (images, same) in benchmarks.items()}
+    backbone.train()
+    return "".join(f"  {name} {score['accuracy']:.2%}" for name, score in scores.items())
+
+
 def describe_prototypes(W, n):
-    """Says how near prototypes (n + k, D), n of them real, come to each other; loudly if some coincide."""
-    rows = torch.arange(len(W), device=W.device)
-    for name, some, others in (("real to real", rows[:n], rows[:n]), ("virtual to any", rows[n:], rows)):
+    """Says how near prototypes (n + k, D), n of them real, come to any other; loudly if some coincide."""
+    cosine, _ = nearest(W, W, torch.arange(len(W), device=W.device))
+    for name, some in (("real", cosine[:n]), ("virtual", cosine[n:])):
         if len(some):
-            cosine, _ = nearest(W[some], W[others], some)
-            print(f"nearest other prototype, {name:14s}  cosine: mean {cosine.mean():.3f}, 99 % below "
-                  f"{cosine.quantile(0.99):.3f}; over 0.9: {(cosine > 0.9).float().mean():.1%}")
-            if (cosine > 0.9).float().mean() > 0.01:
-                print("WARNING: over 1 % of these prototypes coincide: the recogniser cannot tell such people apart, "
-                      "and no later stage can repair that; lower --lr, or clean the data", file=sys.stderr)
+            over = (some > 0.9).float().mean()
+            print(f"{name} prototypes: cosine to the nearest other {some.mean():.3f} in the mean, below "
+                  f"{quantile(some, 0.99):.3f} for 99 %; over 0.9: {over:.1%}")
+            if over > 0.01:
+                print("WARNING: nobody can tell these people apart any more; lower --lr, or clean the data")
 
 
 def main():
@@ -89,19 +103,17 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     faces, out = Faces(args.data, args.size), Path(args.out)
     n, size = len(faces.people), faces.size
-    if n < 2:
-        fail(f"--data {' '.join(args.data)}: expected two identities or more to tell apart, found {n}")
-    if size % 16 or size < 32:
-        fail(f"--size {size}: expected a multiple of 16 from 32 on; give --size 32, 48, ... or 112")
+    k = n if args.virtual is None else args.virtual
     args.arch = args.arch or ("tiny" if size <= 64 else "ir_se50")
     epochs, batch, scale = RECIPES[args.arch]
     batch = min(args.batch or batch, len(faces))
-    if batch < 2:
-        fail(f"--batch {batch}: expected 2 or more; one image has no spread to normalise by")
+    if min(n, batch) < 2:
+        fail(f"--data, --batch {batch}: expected 2 or more images a step, of two or more people, found {n}")
+    if size % 16 or size < 32:
+        fail(f"--size {size}: expected a multiple of 16 from 32 on, such as 32, 48 or 112")
     per_epoch = len(faces) // batch
     epochs = args.epochs or max(epochs, -(-1250 // per_epoch))
-    steps, peak = epochs * per_epoch, args.lr * batch / 512
-    k = n if args.virtual is None else args.virtual
+    steps = epochs * per_epoch
     val = args.val or [path for source in args.data for path in sorted(open_source(source).glob("*.bin"))]
     benchmarks = {Path(path).stem: read_benchmark(path, size) for path in val}
 
@@ -109,26 +121,20 @@ def main():
     backbone = Recogniser(size=size, **FR_ARCHS[args.arch]).to(device, memory_format=torch.channels_last)
     prototypes = Prototypes(n, k, backbone.config["dim"], args.free).to(device)
     fast = compiled(backbone, device, steps * batch)
-    trained = [*backbone.parameters(), *prototypes.parameters()]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 5e-4},
-              {"params": [p for p in trained if p.ndim < 2]}]           # norms, biases, PReLU: no decay
-    optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9, fused=True)
-    settings = vars(args) | {"size": size, "virtual": k, "batch": batch, "epochs": epochs, "out": "", "val": "",
-                             "images": len(faces), "identities": n}
+    optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
+    settings = vars(args) | {"size": size, "virtual": k, "batch": batch, "epochs": epochs, "out": "",
+                             "val": "", "images": len(faces), "identities": n}
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     first = resume(out / "state.pt", settings, modules)
-    print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch} at {size} px, {epochs} epochs of "
-          f"{per_epoch} steps of {batch}, on {device}")
+    print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {device}")
 
     every = per_epoch * -(-100 // per_epoch)           # log and save at whole epochs, 100 steps apart
-    losses, last_step, last_time = torch.zeros(3, device=device), first, time.time()        # since the last line
-    begun, testing = time.time(), 0.0
+    losses, last_step, last_time, next_test = torch.zeros(3, device=device), first, time.time(), 0.0
     for step, x, labels, _ in batches(faces, batch, args.seed, first, steps, device, out.name):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, per_epoch, peak)
-        x = augment(torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x, x.flip(3)))
+            group["lr"] = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
         with autocast(device):
-            f = fast(x)
+            f = fast(augment(x))
         # paper: full margin from the start; here: it grows over the first tenth of the run, because now and
         # then all prototypes fell together while it was too hard (85 % instead of 99 on the drawn faces).
         parts = vigface_loss(f, labels, prototypes, virtual_batch_size(step, k, batch, n), args.head,
@@ -143,22 +149,18 @@ def main():
         if (step + 1) % every == 0 or step + 1 == steps:
             count = step + 1 - last_step
             real, virtual, quality = stop_unless_finite((losses / count).tolist(), step + 1, out)
-            line = (f"epoch {(step + 1) // per_epoch:3d}/{epochs}  loss real {real:6.3f} virtual {virtual:6.3f} quality "
-                    f"{quality:.3f}  lr {group['lr']:.4f}  {batch * count / (time.time() - last_time):5.0f} img/s")
-            tensors = {f"{name}.{key}": t for name in ("backbone", "prototypes")
-                       for key, t in modules[name].state_dict().items()}
-            save_model(out, "fr", backbone.config, tensors, data=args.data, val=[str(path) for path in val],
+            speed = batch * count / (time.time() - last_time)
+            line = (f"epoch {(step + 1) // per_epoch}/{epochs}  loss real {real:.3f} virtual {virtual:.3f} "
+                    f"quality {quality:.3f}  lr {group['lr']:.4f}  {speed:5.0f} img/s")
+            weights = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
+            save_model(out, "fr", backbone.config, weights, data=args.data, val=[str(path) for path in val],
                        free=args.free, names=list(faces.people), step=step + 1, steps=steps)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
-            last_step, last_time = step + 1, time.time()
             losses.zero_()
-            if step + 1 == steps or testing < 0.1 * (last_time - begun):        # at most a tenth of the time
-                backbone.eval()
-                for name, (images, same) in benchmarks.items():
-                    accuracy = verification(pair_distances(backbone, images), same)["accuracy"]
-                    line += f"  {name} {accuracy:.2%}"
-                backbone.train()
-                testing += time.time() - last_time
+            last_step, last_time = step + 1, time.time()
+            if step + 1 == steps or last_time > next_test:              # at most a tenth of the time
+                line += test(backbone, benchmarks)
+                next_test = time.time() + 9 * (time.time() - last_time)
             tqdm.write(line)
     describe_prototypes(prototypes.unit().detach(), n)
     print(f"wrote {out / 'model.safetensors'}")

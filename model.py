@@ -9,20 +9,18 @@ of the image, in the order left eye, right eye, nose, left and right mouth corne
 image).
 """
 import contextlib
-import functools
 import hashlib
 import json
 import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import Conv2dNormActivation, nms
 from tqdm import tqdm
@@ -32,7 +30,7 @@ from tqdm import tqdm
 
 def fail(message):
     """Ends the program with one line on stderr and exit code 2: bad input, nothing half-written."""
-    tqdm.write(f"error: {message}", sys.stderr)                                 # not behind a progress bar
+    tqdm.write(f"error: {' '.join(message.split())}", sys.stderr)               # not behind a progress bar
     raise SystemExit(2)
 
 
@@ -42,7 +40,7 @@ def reading(path, expected):
     try:
         yield
     except Exception as error:
-        fail(f"{path}: expected {expected}; {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        fail(f"{path}: expected {expected}; {type(error).__name__}: {str(error)[:300]}")
 
 
 def to_float(images):
@@ -64,17 +62,18 @@ def autocast(device):
 def compiled(module, device, images):
     """A second, compiled handle of `module`; itself on a CPU if `images` are too few to repay, or without a
     compiler, Triton or Python's headers, as slim images are."""
-    if device.type == "cpu" and images < 30_000:
-        return module
     try:
-        torch.compile(torch.sin)(torch.ones(8, device=device))
+        if device.type != "cpu" or images >= 30_000:
+            torch.compile(torch.sin)(torch.ones(8, device=device))
+            return torch.compile(module)
     except Exception as error:
         print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
-        return module
-    return torch.compile(module)
+    return module
 
 
 # -------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings
+
+conv = partial(Conv2dNormActivation, activation_layer=None)             # a convolution and its batch norm
 
 
 class SqueezeExcite(nn.Module):
@@ -86,8 +85,7 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(channels // 16, channels, 1, bias=False)
 
     def forward(self, x):                                                       # (B, C, H, W)
-        gate = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))         # (B, C, 1, 1)
-        return x * gate.sigmoid()
+        return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()    # by (B, C, 1, 1)
 
 
 class ResidualUnit(nn.Module):
@@ -96,11 +94,9 @@ class ResidualUnit(nn.Module):
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.res_layer = nn.Sequential(
-            nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out),
-            nn.PReLU(c_out), nn.Conv2d(c_out, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out))
+            nn.BatchNorm2d(c_in), *conv(c_in, c_out), nn.PReLU(c_out), *conv(c_out, c_out, stride=stride))
         self.res_layer.add_module("se_block", SqueezeExcite(c_out))
-        self.shortcut_layer = nn.MaxPool2d(1, stride) if c_in == c_out else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        self.shortcut_layer = nn.MaxPool2d(1, stride) if c_in == c_out else conv(c_in, c_out, 1, stride)
 
     def forward(self, x):
         return self.res_layer(x) + self.shortcut_layer(x)
@@ -112,45 +108,36 @@ class Recogniser(nn.Module):
     def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3), dropout=0.4):
         super().__init__()
         self.config = dict(size=size, dim=dim, width=width, units=units, dropout=dropout)
-        self.bgr = False                                    # some published networks were trained on BGR images
-        self.input_layer = nn.Sequential(
-            nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width))
-        body, c_in = [], width
-        for stage, count in enumerate(units):                           # the width doubles at every stage
-            c_out = width * 2 ** stage
-            for unit in range(count):
-                body.append(ResidualUnit(c_in, c_out, stride=2 if unit == 0 else 1))
-                c_in = c_out
-        self.body = nn.Sequential(*body)
+        self.bgr = False                                    # some published networks were trained on BGR
+        self.input_layer = nn.Sequential(*conv(3, width), nn.PReLU(width))
+        # one entry for each unit: every stage doubles the width and halves the side, in its first unit
+        widths = [width * 2 ** stage for stage, count in enumerate(units) for _ in range(count)]
+        strides = [2 if unit == 0 else 1 for count in units for unit in range(count)]
+        self.body = nn.Sequential(*map(ResidualUnit, [width, *widths], widths, strides))
         self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(c_in), nn.Dropout(dropout), nn.Flatten(),
-            nn.Linear(c_in * (size // 16) ** 2, dim), nn.BatchNorm1d(dim, affine=False))
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)
+            nn.BatchNorm2d(widths[-1]), nn.Dropout(dropout), nn.Flatten(),
+            nn.Linear(widths[-1] * (size // 16) ** 2, dim), nn.BatchNorm1d(dim, affine=False))
+        for weight in (p for p in self.parameters() if p.ndim > 1):     # of convolutions and the linear layer
+            nn.init.kaiming_normal_(weight)
 
     def forward(self, x):                                               # (B, 3, S, S), RGB
-        x = x.flip(1) if self.bgr else x
-        x = self.body(self.input_layer(x))                              # (B, 8 width, S/16, S/16)
+        x = self.body(self.input_layer(x.flip(1) if self.bgr else x))   # (B, 8 width, S/16, S/16)
         return self.output_layer(x)                                     # (B, D)
 
 
-FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0),    # for 32 pixels and a laptop
-            "ir_se50": dict()}
+# "tiny" is for faces of 32 pixels and a laptop
+FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0), "ir_se50": dict()}
 
 
 @torch.no_grad()
 def embed(backbone, images, batch=256, unit=True):
     """f(x) + f(flip x) of uint8 images (M, 3, S, S), as the field tests: (M, D), of length 1 or not."""
-    device, chunks = next(backbone.parameters()).device, []
-    for chunk in images.split(batch):
-        x = to_float(chunk.to(device, non_blocking=True))
-        with autocast(device):
-            chunks.append((backbone(x) + backbone(x.flip(3))).float())
-    f = torch.cat(chunks)
+    device = next(backbone.parameters()).device
+    chunks = (to_float(chunk.to(device, non_blocking=True)) for chunk in images.split(batch))
+    with autocast(device):
+        f = torch.cat([(backbone(x) + backbone(x.flip(3))).float() for x in chunks])            # (M, D)
     if not f.isfinite().all():
-        fail(f"the recogniser gives NaN for {(~f.isfinite().all(1)).sum()} of {len(f)} images: it diverged, "
-             "or its weights are damaged; train it again or name another")
+        fail(f"the recogniser gives NaN for some of {len(f)} images: train it again, or name another")
     return F.normalize(f) if unit else f
 
 
@@ -189,7 +176,7 @@ def arcface(cos, labels, quality=None, margin=0.5, scale=64.0):
     """ArcFace logits (B, classes): s cos(theta + m) at the label, s cos(theta) elsewhere (ArcFace, eq. 3).
 
     Where theta + m > pi the cosine would rise again: there the target falls on linearly, cos(theta) - m
-    sin(m). The gradient is the exact one, through sin(theta); it is kept finite at cos = +-1. quality: unused.
+    sin(m). The gradient is the exact one, through sin(theta); kept finite at cos = +-1. quality: unused.
     """
     target = cos.gather(1, labels[:, None])                                     # (B, 1)
     sin = (1 - target ** 2).clamp(min=1e-9).sqrt()
@@ -287,12 +274,12 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
 def landmark_image(landmarks, size):
     """Soft dots on black (B, 3, S, S): eyes red, nose green, mouth corners blue, as in the paper's figure."""
     grid = (torch.arange(size, device=landmarks.device) + 0.5) / size
-    dx, dy = (grid - landmarks[..., i, None] for i in (0, 1))                   # (B, 5, S) each
+    dx, dy = (grid - landmarks[..., None]).unbind(2)                            # (B, 5, S) each
     dots = torch.exp(-(dx[:, :, None, :] ** 2 + dy[:, :, :, None] ** 2) / (2 * 0.025 ** 2))     # (B, 5, S, S)
     return torch.stack([dots[:, 0:2].amax(1), dots[:, 2], dots[:, 3:5].amax(1)], 1)
 
 
-def sinusoids(x, width, longest):
+def sinusoids(x, width, longest=10_000):
     """Sines and cosines (..., width) of x (...) at frequencies from 1 down to 1 / longest."""
     frequencies = torch.exp(-math.log(longest) * torch.arange(width // 2, device=x.device) / (width // 2))
     angles = x[..., None].float() * frequencies
@@ -306,29 +293,36 @@ def attention(q, k, v):
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
 
 
+def modulated(x, shift, scale):
+    """Layer norm of x (B, N, C) whose gain and offset (B, 1, C) come from the condition (adaLN)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def zeroed(layer):
+    """`layer`, its parameters set to zero: at first it says nothing, and so changes nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 class DiTBlock(nn.Module):
     """Self-attention and MLP, shifted, scaled, gated by the condition; at first the identity (adaLN-Zero)."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = zeroed(nn.Linear(width, 6 * width))
 
     def forward(self, x, c):                                                    # (B, N, C), (B, C)
-        B, N, C = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)    # (B, 1, C)
-        h = self.norm1(x) * (1 + scale1) + shift1
-        q, k, v = self.qkv(h).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, C/heads)
-        h = attention(q, k, v).transpose(1, 2).reshape(B, N, C)
+        h = self.qkv(modulated(x, shift1, scale1))                              # (B, N, 3 C)
+        q, k, v = h.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (B, heads, N, C/heads)
+        h = attention(q, k, v).transpose(1, 2).flatten(2)                       # (B, N, C)
         x = x + gate1 * self.out(h)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x + gate2 * self.mlp(modulated(x, shift2, scale2))
 
 
 class DiT(nn.Module):
@@ -344,33 +338,26 @@ class DiT(nn.Module):
         self.config = dict(size=size, dim=dim, patch=patch, width=width, depth=depth, heads=heads)
         self.size, self.dim, self.patch = size, dim, patch
         self.patch_in = nn.Linear(6 * patch ** 2, width)
-        rows, columns = torch.cartesian_prod(*[torch.arange(size // patch)] * 2).T
-        position = torch.cat([sinusoids(axis, width // 2, 10_000) for axis in (rows, columns)], -1)
-        self.register_buffer("position", position)                              # (N, C)
+        grid = torch.arange(size // patch)                          # position (N, C): row, then column
+        self.register_buffer("position", sinusoids(torch.cartesian_prod(grid, grid), width // 2).flatten(1))
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.identity = nn.Linear(dim, width)
         self.pose = nn.Sequential(nn.Linear(10, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.patch_out = nn.Linear(width, 3 * patch ** 2)
-        for layer in (self.modulation, self.patch_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.modulation = zeroed(nn.Linear(width, 2 * width))
+        self.patch_out = zeroed(nn.Linear(width, 3 * patch ** 2))
 
     def forward(self, x, t, w, landmarks):                                   # (B,3,S,S), (B,), (B,D), (B,5,2)
-        c = self.time(sinusoids(1000 * t, 256, 10_000))                         # (B, C)
+        c = self.time(sinusoids(1000 * t, 256))                                 # (B, C)
         c = c + self.identity(w * self.dim ** 0.5)                              # unit length -> unit variance
-        c = c + self.pose(4 * landmarks.flatten(1) - 2)                         # [0, 1] -> [-2, 2]
-        c = F.silu(c)
+        c = F.silu(c + self.pose(4 * landmarks.flatten(1) - 2))                 # [0, 1] -> [-2, 2]
         x = torch.cat([x, landmark_image(landmarks, self.size)], 1)             # (B, 6, S, S)
         x = F.pixel_unshuffle(x, self.patch).flatten(2).mT                      # (B, N, 6 patch^2)
         x = self.patch_in(x) + self.position                                    # (B, N, C)
         for block in self.blocks:
             x = block(x, c)
-        shift, scale = self.modulation(c)[:, None].chunk(2, -1)                 # (B, 1, C)
-        x = self.patch_out(self.norm(x) * (1 + scale) + shift)                  # (B, N, 3 patch^2)
-        x = x.mT.unflatten(2, (self.size // self.patch, -1))                    # (B, 3 patch^2, rows, columns)
+        x = self.patch_out(modulated(x, *self.modulation(c)[:, None].chunk(2, -1)))     # (B, N, 3 patch^2)
+        x = x.mT.unflatten(2, (self.size // self.patch, -1))                # (B, 3 patch^2, rows, columns)
         return F.pixel_shuffle(x, self.patch)                                   # (B, 3, S, S)
 
 
@@ -435,32 +422,28 @@ def dpm_solver(denoise, x, steps):
     first step (l = -inf) and the last (l = inf) are of first order, where both orders agree or the second has
     no meaning.
     """
-    times = [1 - i / steps for i in range(steps + 1)]
+    times = [1 - i / steps for i in range(steps)]                               # 1, ..., 1 / steps
     previous, h_previous = None, math.inf
     for t, t_next in zip(times, times[1:]):
         x0 = denoise(x, t)
-        if t_next == 0:
-            return x0
         a, s = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
         a_next, s_next = math.cos(math.pi * t_next / 2), math.sin(math.pi * t_next / 2)
         h = math.inf if t == 1 else math.log(a_next / s_next) - math.log(a / s)
         estimate = x0 if h_previous == math.inf else x0 + (x0 - previous) * h / (2 * h_previous)
         x = s_next / s * x + (a_next - a * s_next / s) * estimate        # x s_next / s - a_next (e^-h - 1) x0
         previous, h_previous = x0, h
+    return denoise(x, times[-1])
 
 
 # ------------------------------------------------------------------- the detector: photographs -> landmarks
 
-
-def conv(c_in, c_out, kernel=3, stride=1, groups=1, active=True):
-    """Convolution, batch norm and LeakyReLU; every part of RetinaFace but its heads."""
-    activation = functools.partial(nn.LeakyReLU, 0.1) if active else None
-    return Conv2dNormActivation(c_in, c_out, kernel, stride, groups=groups, activation_layer=activation)
+# a convolution, its batch norm and a LeakyReLU, of which all of RetinaFace but its heads is made
+active_conv = partial(Conv2dNormActivation, activation_layer=partial(nn.LeakyReLU, 0.1))
 
 
 def separable(c_in, c_out, stride=1):
     """MobileNet's block: a 3 x 3 convolution of each channel, then a 1 x 1 of all."""
-    return nn.Sequential(*conv(c_in, c_in, stride=stride, groups=c_in), *conv(c_in, c_out, kernel=1))
+    return nn.Sequential(*active_conv(c_in, c_in, stride=stride, groups=c_in), *active_conv(c_in, c_out, 1))
 
 
 class ContextModule(nn.Module):
@@ -468,14 +451,13 @@ class ContextModule(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv3X3 = conv(64, 32, active=False)
-        self.conv5X5_1, self.conv5X5_2 = conv(64, 16), conv(16, 16, active=False)
-        self.conv7X7_2, self.conv7x7_3 = conv(16, 16), conv(16, 16, active=False)
+        self.conv3X3 = conv(64, 32)
+        self.conv5X5_1, self.conv5X5_2 = active_conv(64, 16), conv(16, 16)
+        self.conv7X7_2, self.conv7x7_3 = active_conv(16, 16), conv(16, 16)
 
     def forward(self, x):                                                       # (B, 64, H, W) -> the same
-        five = self.conv5X5_1(x)
-        seven = self.conv7x7_3(self.conv7X7_2(five))
-        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(five), seven], 1))
+        h = self.conv5X5_1(x)                                                   # (B, 16, H, W)
+        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(h), self.conv7x7_3(self.conv7X7_2(h))], 1))
 
 
 class RetinaFace(nn.Module):
@@ -484,13 +466,12 @@ class RetinaFace(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.ModuleDict({
-            "stage1": nn.Sequential(conv(3, 8, stride=2), separable(8, 16), separable(16, 32, 2),
+            "stage1": nn.Sequential(active_conv(3, 8, stride=2), separable(8, 16), separable(16, 32, 2),
                                     separable(32, 32), separable(32, 64, 2), separable(64, 64)),
             "stage2": nn.Sequential(separable(64, 128, 2), *(separable(128, 128) for _ in range(5))),
             "stage3": nn.Sequential(separable(128, 256, 2), separable(256, 256))})
-        self.fpn = nn.ModuleDict({"output1": conv(64, 64, 1), "output2": conv(128, 64, 1),
-                                  "output3": conv(256, 64, 1),
-                                  "merge1": conv(64, 64), "merge2": conv(64, 64)})
+        self.fpn = nn.ModuleDict({f"output{i}": active_conv(32 * 2 ** i, 64, 1) for i in (1, 2, 3)})
+        self.fpn.update({f"merge{i}": active_conv(64, 64) for i in (1, 2)})
         self.ssh1, self.ssh2, self.ssh3 = ContextModule(), ContextModule(), ContextModule()
         self.ClassHead, self.BboxHead, self.LandmarkHead = (
             nn.ModuleList(nn.ModuleDict({"conv1x1": nn.Conv2d(64, 2 * width, 1)}) for _ in range(3))
@@ -502,31 +483,29 @@ class RetinaFace(nn.Module):
         one = self.body["stage1"](x)                                            # (B, 64, H/8, W/8)
         two = self.body["stage2"](one)                                          # (B, 128, H/16, W/16)
         three = self.fpn["output3"](self.body["stage3"](two))                   # (B, 64, H/32, W/32)
-        two = self.fpn["output2"](two)
-        two = self.fpn["merge2"](two + F.interpolate(three, size=two.shape[2:]))
-        one = self.fpn["output1"](one)
-        one = self.fpn["merge1"](one + F.interpolate(two, size=one.shape[2:]))
+        two = self.fpn["merge2"](self.fpn["output2"](two) + F.interpolate(three, size=two.shape[2:]))
+        one = self.fpn["merge1"](self.fpn["output1"](one) + F.interpolate(two, size=one.shape[2:]))
         levels = [self.ssh1(one), self.ssh2(two), self.ssh3(three)]
 
-        def read(heads, width):                                                 # (B, A, width)
-            maps = [head["conv1x1"](level) for head, level in zip(heads, levels)]
-            return torch.cat([m.permute(0, 2, 3, 1).reshape(len(images), -1, width) for m in maps], 1).float()
-        boxes, points = read(self.BboxHead, 4), read(self.LandmarkHead, 10).unflatten(2, (5, 2))
-        anchors = []                                                            # centre and side
+        def read(heads, *shape):                                                # (B, A, *shape)
+            maps = [head["conv1x1"](x).permute(0, 2, 3, 1).flatten(1) for head, x in zip(heads, levels)]
+            return torch.cat(maps, 1).float().unflatten(1, (-1, *shape))
+
+        logits, boxes, points = read(self.ClassHead, 2), read(self.BboxHead, 4), read(self.LandmarkHead, 5, 2)
+        anchors = []                                                            # (H W 2, 3): y, x, side
         for level, step, sides in zip(levels, (8, 16, 32), ((16., 32.), (64., 128.), (256., 512.))):
             y, x = ((torch.arange(count, device=images.device) + 0.5) * step for count in level.shape[2:])
             anchors.append(torch.cartesian_prod(y, x, torch.tensor(sides, device=y.device)))
-        y, x, side = torch.cat(anchors).T[..., None]                            # (A, 1) each
-        centre = torch.cat([x, y], 1)                                           # (A, 2)
+        centre, side = torch.cat(anchors)[:, [1, 0, 2]].split((2, 1), 1)        # (A, 2), (A, 1)
         middle = centre + 0.1 * side * boxes[..., :2]
         half = side / 2 * (0.2 * boxes[..., 2:]).exp()
         points = centre[:, None] + 0.1 * side[:, None] * points
-        return read(self.ClassHead, 2).softmax(2)[..., 1], torch.cat([middle - half, middle + half], 2), points
+        return logits.softmax(2)[..., 1], torch.cat([middle - half, middle + half], 2), points
 
 
 @torch.no_grad()
 def detect_faces(detector, images, confidence=0.5):
-    """Yields the faces in each of uint8 images (B, 3, H, W): scores (K,), boxes (K, 4), landmarks (K, 5, 2)."""
+    """Yields the faces in each of uint8 images (B, 3, H, W): scores (K,), boxes (K, 4), points (K, 5, 2)."""
     with autocast(images.device):
         detections = detector(images.contiguous(memory_format=torch.channels_last))
     for score, box, points in zip(*(part.cpu() for part in detections)):
@@ -540,18 +519,16 @@ def detect_faces(detector, images, confidence=0.5):
 
 def replace_file(path, write):
     """Lets `write(temporary path)` make a file, flushes and renames it to `path`: nobody reads half."""
-    rank = os.environ.get("RANK", 0)                            # two ranks may finish the same set at once
-    temporary = Path(f"{path}.{rank}.tmp")
+    temporary = Path(f"{path}.{os.environ.get('RANK', 0)}.tmp")         # two ranks may finish a set at once
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:           # a full disk, as each writer says it
+    except (OSError, RuntimeError) as error:                    # a full disk, as Python and PyTorch say it
         temporary.unlink(missing_ok=True)
-        fail(f"{path}: cannot be written ({' '.join(str(error).split())[:200]}); nothing is lost: free space "
-             "or choose another --out, and give the same command again")
+        fail(f"{path}: cannot be written ({error}); free space or choose another --out, and run it again")
 
 
 def run(main):
@@ -566,41 +543,36 @@ def run(main):
 
 
 def save_model(folder, stage, config, tensors, **meta):
-    """Writes folder/model.safetensors: tensors; stage, architecture and what later stages need as JSON."""
-    text = json.dumps({"stage": stage, "config": config, **meta})
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(Path(folder) / "model.safetensors", lambda path: save_file(tensors, path, {"vigface": text}))
+    """Writes folder/model.safetensors: {part: {name: tensor}}; what later stages need to know as JSON."""
+    tensors = {f"{part}.{name}": tensor.detach().cpu().contiguous()
+               for part, named in tensors.items() for name, tensor in named.items()}
+    data = safetensors.torch.save(tensors, {"vigface": json.dumps(dict(stage=stage, config=config, **meta))})
+    replace_file(Path(folder) / "model.safetensors", lambda path: path.write_bytes(data))
 
 
 def load_model(folder, stage):
     """Tensors and metadata of folder/model.safetensors; ends the program if it is no finished `stage`."""
-    path, script = Path(folder) / "model.safetensors", {"fr": "fr_train.py", "dit": "dit_train.py"}[stage]
-    if not path.is_file():
-        fail(f"{path}: no such checkpoint; make it with {script}, or name another folder")
-    with reading(path, f"a '{stage}' checkpoint, as {script} makes it"), safe_open(path, "pt") as file:
+    path = Path(folder) / "model.safetensors"
+    with reading(path, f"a finished run of {stage}_train.py"), safetensors.safe_open(path, "pt") as file:
         meta = {"names": []} | json.loads(file.metadata()["vigface"])
-        if meta["stage"] != stage or any(Path(name).name != name for name in meta["names"]):
-            raise ValueError(f"it is a '{meta['stage']}' checkpoint, or names people by paths")
-        unfinished = meta["step"] < meta["steps"]
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if unfinished:
-        fail(f"{path}: its training is at step {meta['step']} of {meta['steps']}; give its {script} command "
-             "again to finish it")
-    return tensors, meta
+        if meta["stage"] != stage or meta["step"] < meta["steps"]:
+            raise ValueError(f"it is from {meta['stage']}_train.py, step {meta['step']} of {meta['steps']}")
+        if any(name == ".." or name != Path(name).name for name in meta["names"]):
+            raise ValueError("it names people by paths")
+        return {name: file.get_tensor(name) for name in file.keys()}, meta
 
 
 def digest(folder):
     """The sha256 of folder/model.safetensors, by which a later stage knows an earlier one."""
-    with open(Path(folder) / "model.safetensors", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
 
 
 def build(module, tensors, prefix, arguments, path):
-    """A frozen module(**arguments) with the tensors named `prefix.`...; costs no memory if shapes disagree."""
+    """A frozen module(**arguments) with the tensors named `prefix.`...; no memory if shapes disagree."""
     with reading(path, "metadata that describes its weights"):
         with torch.device("meta"):
             net = module(**arguments)
-        state = {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+        state = {name.partition(".")[2]: t for name, t in tensors.items() if name.split(".")[0] == prefix}
         net.load_state_dict(state, assign=True)
         return net.requires_grad_(False)
 
@@ -609,33 +581,32 @@ def load_published(net, path):
     """Loads weights that others published as .pth or .ckpt: prefixes stripped, margin heads left out."""
     with reading(path, f"published weights that fit {type(net).__name__}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {re.sub(r"^((model|module|backbone)\.)+", "", name): t
-                 for name, t in state.get("state_dict", state).items()}
-        net.load_state_dict({name: t for name, t in state.items() if not name.startswith("head.")})
+        net.load_state_dict({re.sub(r"^((model|module|backbone)\.)+", "", name): t
+                             for name, t in state.get("state_dict", state).items() if "head." not in name})
     return net.requires_grad_(False)
 
 
 def load_recogniser(path, device, bgr=False):
     """Backbone and prototypes, frozen, on `device`, and metadata, of a run folder or a published IR-SE50."""
     if Path(path).is_file():
-        backbone, prototypes = load_published(Recogniser(), path), Prototypes(0, 0, 512)
-        backbone.bgr, meta = bgr, {"data": [], "val": []}
+        backbone = load_published(Recogniser(), path)
+        backbone.bgr = bgr
+        prototypes = Prototypes(0, 0, 512).requires_grad_(False)
+        meta = {"data": [], "val": []}
     else:
         tensors, meta = load_model(path, "fr")
         backbone = build(Recogniser, tensors, "backbone", meta["config"], path)
         n, k = (len(tensors.get(f"prototypes.{kind}", ())) for kind in ("real", "virtual"))
-        arguments = dict(dim=meta["config"]["dim"], free=meta["free"])
-        prototypes = build(functools.partial(Prototypes, n, k), tensors, "prototypes", arguments, path)
-    backbone.to(device, memory_format=torch.channels_last).eval()
-    return backbone, prototypes.to(device).requires_grad_(False), meta
+        arguments = dict(n=n, k=k, dim=meta["config"]["dim"], free=meta["free"])
+        prototypes = build(Prototypes, tensors, "prototypes", arguments, path)
+    return backbone.to(device, memory_format=torch.channels_last).eval(), prototypes.to(device), meta
 
 
 def same_settings(path, before, now):
     """Ends the program unless the settings of the run saved at `path` are those of this command."""
     for key, value in now.items():
         if before.get(key) != value:
-            fail(f"{path}: this run was started with {key} = {before.get(key)}, now {value}; give the same "
-                 f"settings, another --out, or delete {Path(path).parent}")
+            fail(f"{path}: started with {key} = {before.get(key)}, now {value}; set it back or change --out")
 
 
 def save_state(path, settings, step, modules):
@@ -653,9 +624,8 @@ def resume(path, settings, modules):
         same_settings(path, state["settings"], settings)
         for name, module in modules.items():
             module.load_state_dict(state[name])
-        step = int(state["step"])
-    print(f"continuing {Path(path).parent} at step {step}")
-    return step
+        print(f"continuing {Path(path).parent} at step {state['step']}")
+        return int(state["step"])
 
 
 def stop_unless_finite(losses, step, out):

@@ -31,6 +31,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import read_image, write_csv, write_landmarks, yaw_of
+from evaluate import nearest
 from model import (DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided, load_model,
                    load_recogniser, reading, replace_file, run, same_settings, to_uint8)
 
@@ -49,8 +50,8 @@ flag("--batch", type=int, help="pictures drawn at once (default: 256 on a GPU, 6
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 ATTEMPTS = 5                                                            # draws of a picture at most
-SCORES = ["cos_own", "cos_nearest_real", "own_is_nearest", "quality"]
-COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict", *SCORES]        # of manifest.csv
+COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict",         # of manifest.csv
+           "cos_own", "cos_nearest_real", "own_is_nearest", "quality"]
 
 
 def seeded(*what):
@@ -79,15 +80,11 @@ class Artist:
         self.dit = build(DiT, tensors, "dit", meta["config"], args.dit).to(device).eval()
         self.backbone, self.prototypes, fr = load_recogniser(args.fr, device)
         if digest(args.fr) != meta["fr_sha256"]:
-            fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it with --fr, or train again")
+            fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it, or train again")
         self.W, self.n = self.prototypes.unit(), len(self.prototypes.real)
         self.landmarks, self.owners = tensors["poses.landmarks"], tensors["poses.rows"]
         self.names = [*fr["names"], *(f"v{i:06d}" for i in range(len(self.W) - self.n))]
-        strangers, own = meta["strangers"], meta["own"]
-        self.max_real = min(strangers, own) if args.max_real is None else args.max_real
-        if own < strangers:
-            print(f"WARNING: strangers come closer to real people ({strangers:.3f}) than their own pictures do "
-                  f"({own:.3f}); the recogniser is bad, or people are in the data twice", file=sys.stderr)
+        self.max_real = min(meta["strangers"], meta["own"]) if args.max_real is None else args.max_real
 
     def noise(self, jobs):
         """Standard normal (batch, 3, S, S), each job's from its own seed; zeros for what jobs are missing."""
@@ -105,14 +102,13 @@ class Artist:
             return to_uint8(dpm_solver(denoise, noise.to(self.device, non_blocking=True), self.args.steps))
 
     def judge(self, jobs, images):
-        """SCORES (B, 4) of pictures: own cosine, to the nearest other real person, is own nearest, quality."""
+        """Scores (B, 4) of pictures: own cosine, nearest other real person's, is own nearest, quality."""
         f = embed(self.backbone, images, len(images), unit=False)[:len(jobs)] / 2
-        rows = torch.tensor([row for row, *_ in jobs], device=self.device)[:, None]
-        cos = F.normalize(f) @ self.W.T                                         # (B, n + k)
-        own = cos.gather(1, rows)[:, 0]
-        cos.scatter_(1, rows, -2)
-        real, others, quality = cos[:, :self.n].amax(1), cos.amax(1), self.prototypes.quality(f)[:, 0]
-        return torch.stack([own, real, own > others, quality], 1).tolist()
+        rows = torch.tensor([row for row, *_ in jobs], device=self.device)
+        unit = F.normalize(f)
+        own = (unit * self.W[rows]).sum(1)
+        real, other = (nearest(unit, prototypes, rows)[0] for prototypes in (self.W[:self.n], self.W))
+        return torch.stack([own, real, own > other, self.prototypes.quality(f)[:, 0]], 1).tolist()
 
     def people(self):
         """{row of the prototypes: number of pictures to draw}; ends the program if there is nobody."""
@@ -122,105 +118,85 @@ class Artist:
             wanted = {row: args.real_to - count for row, count in enumerate(have) if 0 < count < args.real_to}
             return wanted or fail(f"--real-to {args.real_to}: everybody has as many images; give more")
         if not 0 < args.virtual <= k:
-            fail(f"--virtual {args.virtual}: expected 1 to {k}, as {args.fr} has; train it with a larger --virtual")
+            fail(f"--virtual {args.virtual}: expected 1 to {k}, as {args.fr} has; train it with more")
         return {self.n + i: args.per_id for i in range(args.virtual)}
+
+
+def write_person(folder, rows, pictures):
+    """Writes a person's pictures {file: image or None}, then person.csv, which says that this is all."""
+    shutil.rmtree(folder, ignore_errors=True)                           # of a run that was killed
+    for file, image in pictures.items():
+        if image:
+            replace_file(folder / file, lambda path: image.save(path, "JPEG", quality=95, subsampling=0))
+    write_csv(folder / "person.csv", COLUMNS, sorted(rows, key=lambda row: row[2:4]))
 
 
 def draw_people(artist, wanted, out):
     """Draws and judges pictures of {row: count} people, rejected ones again, and writes them to `out`.
 
-    One queue runs over everybody, so that batches are full; the next one's noise is made meanwhile. A person
-    is complete when person.csv, with a row for each picture drawn, is in their folder.
+    One queue runs over everybody, so that batches are full. While a batch is drawn, threads make the noise of
+    the next one and write the people who were complete with the last.
     """
     args, names = artist.args, artist.names
     dit = compiled(artist.dit, artist.device, 2 * sum(wanted.values()) * args.steps)
     yaw, by_yaw = yaw_of(artist.landmarks).sort()
-
-    def first_attempts():
-        for row, count in wanted.items():
-            shutil.rmtree(out / names[row], ignore_errors=True)                 # of a run that was killed
-            poses = choose_poses(yaw, by_yaw, count, seeded(args.seed, names[row]))
-            yield from ((row, index, 0, pose) for index, pose in enumerate(poses))
-    queue = collections.deque()                                                 # jobs to be drawn again
-    jobs_left = first_attempts()
+    poses_of = lambda row: choose_poses(yaw, by_yaw, wanted[row], seeded(args.seed, names[row]))
+    first = ((row, index, 0, pose) for row in wanted for index, pose in enumerate(poses_of(row)))
+    again, writing = collections.deque(), []                            # rejected jobs; people being written
+    rows, drawn = collections.defaultdict(list), collections.defaultdict(dict)          # of incomplete people
 
     def next_batch():
-        jobs = [queue.popleft() for _ in range(min(len(queue), args.batch))]
-        jobs += itertools.islice(jobs_left, args.batch - len(jobs))
+        while writing:
+            writing.pop().result()                                      # raises what went wrong in the thread
+        jobs = [again.popleft() for _ in range(min(len(again), args.batch))]
+        jobs += itertools.islice(first, args.batch - len(jobs))
         return jobs, pool.submit(artist.noise, jobs)
-
-    def save(path, image):
-        replace_file(path, lambda temporary: image.save(temporary, "JPEG", quality=95, subsampling=0))
-
-    def settle():
-        for picture in writing:
-            picture.result()
-        for row in complete:
-            write_csv(out / names[row] / "person.csv", COLUMNS, sorted(rows.pop(row), key=lambda line: line[2:4]))
-        writing.clear()
-        complete.clear()
-    missing, rows = dict(wanted), collections.defaultdict(list)         # pictures to come, rows of person.csv
-    writing, complete = [], []                                          # of the last batch: pictures, people
-    with ThreadPoolExecutor() as pool, tqdm(total=sum(wanted.values()), desc=out.name, unit="img") as progress:
+    with ThreadPoolExecutor() as pool, tqdm(total=sum(wanted.values()), desc=out.name) as progress:
         jobs, noise = next_batch()
         while jobs:
             images = artist.draw(dit, jobs, noise.result())
             upcoming = next_batch()
             scores = artist.judge(jobs, images)
-            settle()                                                    # encoding lags a batch behind
             for (row, index, attempt, pose), image, score in zip(jobs, images.cpu(), scores):
-                file, leak = f"{names[row]}/{index:04d}.jpg", score[1] > artist.max_real
-                rows[row].append([file, names[row], index, attempt, pose, "leak" if leak else "accepted",
-                                  *map("{:.4f}".format, score)])
-                if not leak:
-                    writing.append(pool.submit(save, out / file, to_pil_image(image)))
+                leak = score[1] > artist.max_real
+                rows[row].append([f"{names[row]}/{index:04d}.jpg", names[row], index, attempt, pose,
+                                  "leak" if leak else "accepted", *map("{:.4f}".format, score)])
                 if leak and attempt + 1 < ATTEMPTS:
-                    queue.append((row, index, attempt + 1, pose))
-                else:
-                    progress.update()
-                    missing[row] -= 1
-                    complete += [row] if not missing[row] else []
-            jobs, noise = upcoming if upcoming[0] else next_batch()     # the last ones that were rejected
-        settle()
+                    again.append((row, index, attempt + 1, pose))
+                    continue
+                progress.update()
+                drawn[row][f"{index:04d}.jpg"] = None if leak else to_pil_image(image)
+                if len(drawn[row]) == wanted[row]:
+                    writing.append(pool.submit(write_person, out / names[row], rows.pop(row), drawn.pop(row)))
+            jobs, noise = upcoming if upcoming[0] else next_batch()     # rejected ones, or nothing
 
 
 def finish(artist, wanted, out):
-    """Joins the rows of all people into manifest.csv, which says that the set is complete; says how it went."""
-    folders = [out / artist.names[row] for row in wanted]
-    total = collections.Counter()
-
-    def rows():
-        for folder in folders:
-            with open(folder / "person.csv", newline="") as file:
-                yield from csv.DictReader(file)
-
-    def accepted_landmarks():
-        for row in rows():
-            total["drawn"] += 1
-            if row["verdict"] == "accepted":
-                total.update(accepted=1, **{key: float(row[key]) for key in SCORES[:3]})
-                yield row["file"], artist.dit.size * artist.landmarks[int(row["landmarks_from"])]
-    write_landmarks(out / "landmarks.csv", accepted_landmarks())
-    accepted, drawn = total["accepted"], total["drawn"]
+    """Joins everybody's rows into manifest.csv, which says that the set is complete; says how it went."""
+    people = [out / artist.names[row] / "person.csv" for row in wanted]         # about 1 KB of rows a picture
+    rows = [row for file in people for row in csv.DictReader(file.read_text().split("\n"))]
+    accepted = [row for row in rows if row["verdict"] == "accepted"]
     if not accepted:
         fail(f"{out}: every picture was rejected; train stage 2 longer, or set --max-real")
-    pictures = [sorted(folder.glob("*.jpg")) for folder in folders[:8]]
-    grid = [read_image(line[i * len(line) // 8]) for line in pictures if line for i in range(8)]
+    poses = artist.dit.size * artist.landmarks
+    landmarks = ((row["file"], poses[int(row["landmarks_from"])]) for row in accepted)
+    write_landmarks(out / "landmarks.csv", landmarks)
+    pictures = [sorted(file.parent.glob("*.jpg")) for file in people[:8]]
+    grid = [read_image(person[i * len(person) // 8]) for person in pictures if person for i in range(8)]
     replace_file(out / "grid.jpg", lambda path: save_image(torch.stack(grid) / 255, path, "JPEG", nrow=8))
-    write_csv(out / "manifest.csv", COLUMNS, (row.values() for row in rows()))
-    own, real, nearest = (total[key] / accepted for key in SCORES[:3])
-    print(f"{accepted} images of {len(wanted)} people in {out}; {drawn - accepted} rejected as closer than "
-          f"{artist.max_real:.3f} to a real person, {sum(wanted.values()) - accepted} left out; cosine to the own "
-          f"prototype {own:.3f}, which is the nearest of all for {nearest:.1%}, to the nearest real one {real:.3f}")
-    if drawn > 2 * accepted:
-        print("WARNING: over half of what was drawn was rejected; does the DiT know these people?", file=sys.stderr)
+    write_csv(out / "manifest.csv", COLUMNS, (row.values() for row in rows))
+    share = sum(float(row["own_is_nearest"]) for row in accepted) / len(accepted)
+    print(f"{out}: {len(accepted)} images of {len(wanted)} people, {share:.1%} nearest to the own prototype; "
+          f"{len(rows) - len(accepted)} rejected as closer than {artist.max_real:.3f} to a real person, "
+          f"{sum(wanted.values()) - len(accepted)} left out")
+    if len(rows) > 2 * len(accepted):
+        print("WARNING: over half was rejected; does the DiT know these people?", file=sys.stderr)
 
 
 def main():
     args = parser.parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(gpu if torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     args.batch = args.batch or (256 if device.type == "cuda" else 64)
     if min(args.per_id, args.steps, args.batch) < 1:
         fail("--per-id, --steps and --batch: expected 1 or more of each")
@@ -238,9 +214,8 @@ def main():
     replace_file(out / "run.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
     complete = lambda row: (out / artist.names[row] / "person.csv").is_file()
     draw_people(artist, {row: wanted[row] for row in [*wanted][rank::world] if not complete(row)}, out)
-    if not all(map(complete, wanted)):
-        return print(f"rank {rank} of {world} has drawn its share of {out}")
-    finish(artist, wanted, out)                                         # several ranks may come here: no harm
+    if all(map(complete, wanted)):
+        finish(artist, wanted, out)                                     # several ranks may come here: no harm
 
 
 if __name__ == "__main__":
