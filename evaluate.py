@@ -77,9 +77,8 @@ def embed_faces(backbone, prototypes, faces, device, some=None):
     order = (torch.arange(len(faces)) if some is None else some).split(512)
     columns = [(embed(backbone, images, unit=False) / 2, thumbnails(images.to(device)), i)
                for images, i in tqdm(faces.loader(order), "embedding", len(order), leave=False)]
-    f, thumbs, index = map(torch.cat, zip(*columns))
-    quality = prototypes.quality(f)[:, 0]
-    return FaceSet(faces, F.normalize(f), faces.labels[index].to(device), quality, thumbs, index)
+    f, thumbs, i = map(torch.cat, zip(*columns))
+    return FaceSet(faces, F.normalize(f), faces.labels[i].to(device), prototypes.quality(f)[:, 0], thumbs, i)
 
 
 def nearest(queries, targets, labels=None, target_labels=None):
@@ -162,8 +161,9 @@ def judge(data, found, lines, prototypes):
     leakage = {"verdict": "leaks" if leaks else "clean", "q99": quantile(found["centre"][0], 0.99),
                "threshold": lines["centre"], "images_over": over["centre"], "image_threshold": lines["image"],
                "images_over_image": over["image"], "copy_threshold": lines["copy"], "copies": over["copy"]}
+    # Published networks have no quality head, and so no D.
     return {"identities": len(data.faces.people), "images": len(data.f), "consistency": consistency,
-            "separability": separability, "leakage": leakage,        # published networks have no quality head
+            "separability": separability, "leakage": leakage,
             "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None}
 
 
@@ -212,17 +212,13 @@ def table(title, rows):
     return "".join([title, "\n\n", line(["", *columns]), line(["---"] * (len(columns) + 1)), *body, "\n"])
 
 
-def verify(backbone, path):
-    """The `verification` of a recogniser on an InsightFace .bin benchmark."""
-    images, same = read_benchmark(path, backbone.config["size"])
-    return verification(pair_distances(backbone, images), same)
-
-
-def verify_all(recognisers, paths):
+def verify(recognisers, paths):
     """Verification on benchmarks {name: path}: rows of report.json, and text, in the field's order."""
     models, rows = {}, {}
+    names = sorted(paths, key=[*FIELD, *paths].index)
     for folder, (backbone, _, _) in recognisers.items():
-        scores = {name: verify(backbone, paths[name]) for name in sorted(paths, key=[*FIELD, *paths].index)}
+        test = lambda images, same: verification(pair_distances(backbone, images), same)
+        scores = {name: test(*read_benchmark(paths[name], backbone.config["size"])) for name in names}
         average = float(np.mean([score["accuracy"] for score in scores.values()]))
         rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
                         for name, score in scores.items()} | {"average": f"{100 * average:.2f}"}
@@ -245,7 +241,7 @@ def main():
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
     paths = {Path(path).stem: path for path in args.pairs or meta["val"]}
-    models, text = verify_all(recognisers, paths) if paths else ({}, "No benchmarks: none named.\n\n")
+    models, text = verify(recognisers, paths) if paths else ({}, "No benchmarks: none named.\n\n")
     report = {"judge": folders[0], "models": models, "datasets": {}}
     leaks, out = [], Path(args.out)
 
