@@ -3,18 +3,17 @@
     python data.py align photos/ --out faces/           # identity/photo.jpg -> aligned 112 x 112 crops
     python data.py landmarks casia/                     # of aligned faces, ahead of dit_train.py
 
-A source is a folder `root/identity/image.jpg|png`, or one with InsightFace records (`train.rec`, `train.idx`:
-identities are their labels, files their keys), with `root/landmarks.csv` where there is one (file,x1,y1,
-...,x5,y5 in pixels: left eye, right eye, nose, left and right mouth corner) and `root/*.bin` benchmarks where
-there are any. The source `demo` is drawn on first use into runs/demo, as just such a folder.
+A source is a folder of identity/image.jpg, or InsightFace's train.rec and train.idx (identities are labels,
+files keys). It may hold landmarks.csv (file,x1,y1,...,x5,y5 in pixels: eyes, nose, mouth corners, left to
+right) and *.bin benchmarks. The source `demo` is drawn into runs/demo, as just such a folder, on first use.
 """
 import argparse
 import contextlib
 import csv
+import functools
 import glob
 import hashlib
 import io
-import itertools
 import os
 import pickle
 import struct
@@ -27,11 +26,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import encode_png, write_png
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from model import RetinaFace, detect_faces, fail, load_published, reading, replace_file, run, to_float
+from model import DEVICE, RetinaFace, detect_faces, fail, load_published, reading, replace_file, run, to_float
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -41,10 +39,7 @@ TEMPLATE = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.73
 
 
 def similarity(source, target):
-    """Complex scale, shift (..., 1) of the least-squares scale z + shift of points (..., 5, 2) (Umeyama).
-
-    In the plane, rotation and scale are one complex number, and least squares gives it as a quotient.
-    """
+    """Complex scale and shift (..., 1), least squares, from points (..., 5, 2) to others."""
     source, target = (torch.view_as_complex(points.contiguous()) for points in (source, target))
     s, t = (z - z.mean(-1, keepdim=True) for z in (source, target))
     scale = (s.conj() * t).sum(-1, keepdim=True) / (s.abs() ** 2).sum(-1, keepdim=True)
@@ -64,10 +59,9 @@ def yaw_of(landmarks):
 
 # ------------------------------------------------------------------------------------------ the demo's people
 #
-# One face, painted on an ellipsoid with bumps, whose numbers vary independently, because virtual people can
-# only differ from everybody as much as the space of faces is wide. A place on the head is its direction from
-# the middle (right, down, ahead), of length 1; in the tables u is how far aside, v how far down. Shapes: B
-# pictures, P pixels; numbers and masks (B, 1, P or 1), colours and places (B, 3, P or 1).
+# One face, painted on an ellipsoid with bumps, whose numbers vary independently: virtual people can differ
+# from everybody only as much as the space of faces is wide. A place on the head is its direction from the
+# middle (right, down, ahead), of length 1; u is how far aside, v how far down. B pictures, P pixels.
 
 BUMPS = torch.tensor([          # u, v, width, height, mean and spread of how far it stands out
     (0, .19, .12, .12, .25, .09), (0, 0, .08, .20, .08, .05), (0, .85, .30, .20, .02, .12),
@@ -111,10 +105,7 @@ def paint(place, pixel, expression, skin, hair, hairline, spots):
 
 
 def draw_faces(identity, nuisance, size):
-    """People (B or 1, 139) in circumstances (B, 29), all in [0, 1]: images (B, 3, S, S), landmarks (B, 5, 2).
-
-    Each pixel's ray is cast onto the surface of the head, so pose, parallax and landmarks are exact.
-    """
+    """People (B or 1, 139), circumstances (B, 29), of [0, 1]: images (B, 3, S, S), landmarks (B, 5, 2)."""
     B, pixel = len(nuisance), 2.2 / size                                # in head units
     radii, bumps, *looks = (2 * identity - 1)[..., None].split([*PERSON.values()], 1)       # each in [-1, 1]
     turn, expression, crop, light, tint, scene = (2 * nuisance - 1)[..., None].split([*PICTURE.values()], 1)
@@ -153,7 +144,7 @@ def draw_faces(identity, nuisance, size):
 
 
 def write_csv(path, header, rows):
-    """Writes a CSV file, all of it or nothing."""
+    """Writes a CSV file."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     replace_file(path, lambda temporary: temporary.write_text(text.getvalue()))
@@ -165,12 +156,18 @@ def write_landmarks(path, rows):
     write_csv(path, header, ([name, *map("{:.2f}".format, face.flatten().tolist())] for name, face in rows))
 
 
+def encode_png(image):
+    """A uint8 image (3, S, S) as the bytes of a PNG file."""
+    to_pil_image(image).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
 def write_bin(path, images, pairs, generator):
-    """Writes an InsightFace .bin of people (I, P, 3, S, S), uint8: ten folds sharing nobody, half same."""
+    """Writes an InsightFace .bin of people, uint8 (I, P, 3, S, S): ten folds sharing nobody, half same."""
     encoded, same = [], [p % 2 == 1 for p in range(pairs)]
-    for p, fold in enumerate(fold for fold in images.chunk(10) for _ in range(pairs // 10)):
+    for p, fold in enumerate(fold for fold in images.tensor_split(10) for _ in range(pairs // 10)):
         (i, j), (a, b) = (torch.randperm(n, generator=generator)[:2].tolist() for n in fold.shape[:2])
-        encoded += [bytes(encode_png(image).numpy()) for image in (fold[i, a], fold[i if same[p] else j, b])]
+        encoded += [encode_png(image) for image in (fold[i, a], fold[i if same[p] else j, b])]
     replace_file(path, lambda temporary: temporary.write_bytes(pickle.dumps((encoded, same), protocol=4)))
 
 
@@ -186,7 +183,7 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
     names = [f"p{person:04d}/{i:04d}.png" for person in range(people) for i in range(per_person)]
     for name, image in zip(names, images.flatten(0, 1)):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        write_png(image, str(temporary / name))
+        (temporary / name).write_bytes(encode_png(image))
     write_landmarks(temporary / "landmarks.csv", zip(names, size * landmarks.flatten(0, 1)))
     write_bin(temporary / "heldout.bin", images[people:], 3000, generator)
     os.replace(temporary, root)
@@ -198,38 +195,26 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
 def read_image(file, size=None):
     """One image of a path or an open file, uint8 (3, S, S) RGB, resized to `size` if need be."""
     image = Image.open(file).convert("RGB")
-    if size:
-        image = image.resize((size, size), Image.BICUBIC, reducing_gap=2)
-    return pil_to_tensor(image)
-
-
-MAGIC = 0xced7230a                                                      # begins each RecordIO record
+    return pil_to_tensor(image.resize((size, size), Image.BICUBIC, reducing_gap=2) if size else image)
 
 
 def read_record(path, offset):
-    """The encoded image, an open file, of the record at `offset`; cut in parts where it held MAGIC."""
-    content, parts, flag = np.memmap(path, mode="r"), [], 1
-    while flag in (1, 2):                                       # begins, goes on; 0 is whole, 3 the end
-        _, word = struct.unpack_from("<II", content, offset)
-        flag, length = divmod(word, 1 << 29)
-        parts.append(content[offset + 8:offset + 8 + length].tobytes())
-        offset += 8 + (length + 3) // 4 * 4
-    record = struct.pack("<I", MAGIC).join(parts)
-    return io.BytesIO(record[24 + 4 * struct.unpack_from("<I", record)[0]:])
+    """The encoded image, an open file, of the record at `offset`."""
+    # The few records that hold the magic number are stored in parts: as images that cannot be read.
+    content = np.memmap(path, mode="r")
+    _, length, flag = struct.unpack_from("<III", content, offset)
+    return io.BytesIO(content[offset + 32 + 4 * flag:offset + 8 + length])
 
 
 def list_records(path):
-    """Yields identity, key, offset of the images in an InsightFace .rec file, by its .idx; none is decoded.
-
-    A record is magic, length, then flag, label, two ids, `flag` more labels (then those count), image.
-    Records without an image (the header, and a list of identities at the end) are left out.
-    """
+    """Yields identity, key, offset of the images in an InsightFace .rec file, which its .idx lists."""
+    # A record: magic, length, flag, label, two ids, `flag` more labels (then those count), image or none.
     index = path.with_suffix(".idx")
     with reading(index, f"a line of key and offset for every record of {path.name}"):
         content = np.memmap(path, mode="r")
         for key, offset in np.loadtxt(index, np.int64, ndmin=2).tolist():
             magic, word, flag = struct.unpack_from("<III", content, offset)
-            if magic != MAGIC or offset + 8 + word % (1 << 29) > len(content):
+            if magic != 0xced7230a or offset + 8 + word % (1 << 29) > len(content):
                 raise ValueError(f"record {key} lacks the magic number or ends beyond {len(content)} bytes")
             label, = struct.unpack_from("<f", content, offset + (32 if flag else 12))
             if word % (1 << 29) > 24 + 4 * flag:
@@ -254,30 +239,34 @@ class BinUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def processors():
+    """How many processors this process may use, at most 16."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def threaded(function, items, title):
+    """[function(item) for item in items], by threads, behind a progress bar."""
+    with ThreadPoolExecutor(processors()) as pool:
+        return list(tqdm(pool.map(function, items), title, len(items), leave=False, mininterval=1))
+
+
 def read_benchmark(path, size):
     """An InsightFace .bin: uint8 images (2P, 3, S, S), pair p is 2p and 2p + 1; same person or not (P,)."""
-    with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
+    with reading(path, "an InsightFace .bin benchmark"):
         encoded, same = BinUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="bytes").load()
-        decoded = pool.map(lambda image: read_image(io.BytesIO(bytes(image)), size), encoded)
-        images = torch.stack([*tqdm(decoded, f"reading {path}", len(encoded), leave=False)])
+        decode = lambda image: read_image(io.BytesIO(bytes(image)), size)
+        images = torch.stack(threaded(decode, encoded, f"reading {path}"))
         same = torch.as_tensor(np.asarray(same, dtype=bool))
         if len(images) != 2 * len(same) or len(same) < 10 or same.all() or not same.any():
             raise ValueError(f"{len(images)} images, {same.sum()} of {len(same)} pairs of one person")
     return images, same
 
 
-def processors():
-    """How many processors this process may use, at most 16."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-
-
 def open_source(name):
-    """The folder of a data source, drawing the demo first if it is asked for and not there yet."""
+    """The folder of a data source; draws the demo if it is asked for and not there yet."""
     root = Path("runs/demo" if name == "demo" else name)
     if name == "demo" and not root.is_dir():
         draw_demo(root)
-    if not root.is_dir():
-        fail(f"--data {name}: no such folder; give a folder of identity folders with images, or 'demo'")
     return root
 
 
@@ -294,9 +283,8 @@ def read_landmarks(root, paths, side):
 class Faces(Dataset):
     """Images of one or more sources united by identity name: uint8 images, labels, landmarks ([0, 1] or NaN).
 
-    Sets that fit in `memory` bytes are decoded once, by threads; larger ones by the loader's workers, again
-    and again. For an image that cannot be read the next one stands in, with its label and landmarks. Paths
-    are one array of bytes: millions of Python strings would fill the memory, once a worker.
+    Sets that fit in `memory` bytes are decoded once, larger ones by the loader's workers whenever wanted. For
+    an image that cannot be read the next one stands in, with its label and landmarks.
     """
 
     def __init__(self, sources, size=None, memory=3e9):
@@ -305,22 +293,19 @@ class Faces(Dataset):
         self.paths, self.offsets, self.labels, landmarks = [], [], [], []
         for source in sources:
             root, first = open_source(source), len(self)
-            found = [*list_records(root / "train.rec")] if (root / "train.rec").is_file() else []
-            found += [(name.split("/")[0], name, -1) for name in list_images(root)]
-            if not found:
-                fail(f"--data {source}: no images; expected identity/image.jpg, or train.rec and train.idx")
+            records = [*list_records(root / "train.rec")] if (root / "train.rec").is_file() else []
+            images = [(name.split("/")[0], name, -1) for name in list_images(root)]
+            found = records + images or fail(f"{root}: no such folder or no images identity/image.jpg")
             self.labels += [self.people.setdefault(identity, len(self.people)) for identity, _, _ in found]
             self.paths += [os.fsencode(f"{root}/{name}") for _, name, _ in found]
             self.offsets += [offset for _, _, offset in found]
             side = self.readable(first)[0].shape[2]                     # as stored, while self.size is None
             landmarks.append(read_landmarks(root, self.paths[first:], side))
             size = size or side
-        self.paths, self.offsets = np.array(self.paths), np.array(self.offsets)
+        self.paths, self.offsets = map(np.array, (self.paths, self.offsets))  # lists fill every worker
         self.labels, self.landmarks, self.size = torch.tensor(self.labels), torch.cat(landmarks), size
         if len(self) * 3 * size ** 2 <= memory:
-            with ThreadPoolExecutor(processors()) as pool:
-                decoded = pool.map(self.readable, range(len(self)))
-                images, which = zip(*tqdm(decoded, "reading images", len(self), leave=False, mininterval=1))
+            images, which = zip(*threaded(self.readable, range(len(self)), "reading images"))
             self.images, self.which = np.stack(images), np.array(which)
             self.report(np.flatnonzero(self.which != np.arange(len(self))))
 
@@ -350,7 +335,7 @@ class Faces(Dataset):
 
     def __getitems__(self, indices):
         """A batch: uint8 images (B, 3, S, S), which ones they are (B,), and which were wanted (B,)."""
-        wanted = np.array(indices)
+        wanted = torch.as_tensor(indices).numpy()
         if self.images is not None:
             return self.images[wanted], self.which[wanted], wanted
         images, which = zip(*map(self.readable, wanted.tolist()))
@@ -366,22 +351,20 @@ class Faces(Dataset):
 
 
 def batches(faces, batch, seed, first, last, device, name):
-    """Yields step, images in [-1, 1], labels, landmarks on `device`, for the steps from first to last - 1.
+    """Yields step, images in [-1, 1], labels, landmarks on `device`, of steps first to last - 1.
 
-    All chance in a step, the order of images and what comes after, follows from (seed, step): a resumed run
-    repeats itself.
+    All chance of a step, here and after, follows from (seed, step): a resumed run repeats itself.
     """
-    per_epoch = len(faces) // batch                                             # drop_last
-    shuffled = (np.random.default_rng([seed, epoch]).permutation(len(faces))
-                for epoch in itertools.count(first // per_epoch))
-    order = (indices for epoch in shuffled for indices in epoch[:per_epoch * batch].reshape(per_epoch, batch))
-    order = itertools.islice(order, first % per_epoch, first % per_epoch + last - first)
+    @functools.lru_cache(1)
+    def shuffled(epoch):
+        return np.random.default_rng([abs(seed), epoch]).permutation(len(faces))
+    per_epoch = len(faces) // batch                                             # the rest is left out
+    order = (shuffled(step // per_epoch)[step % per_epoch * batch:][:batch] for step in range(first, last))
     progress = tqdm(faces.loader(order), name, initial=first, total=last, mininterval=1, leave=False)
+    send = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
     for step, (images, i) in enumerate(progress, first):
         torch.manual_seed(seed * 1_000_003 + step)
-        x, labels, landmarks = (tensor.to(device, non_blocking=True)
-                                for tensor in (images, faces.labels[i], faces.landmarks[i]))
-        yield step, to_float(x), labels, landmarks
+        yield step, to_float(send(images)), send(faces.labels[i]), send(faces.landmarks[i])
 
 
 # ------------------------------------------------- landmarks and alignment: photographs to training crops
@@ -401,11 +384,8 @@ def load_detector(weights, folder, device):
 
 
 def crop_landmarks(detector, images):
-    """Landmarks (B, 5, 2) in [0, 1] of aligned uint8 crops (B, 3, S, S), NaN where no face is found.
-
-    The detector wants a face of about 100 pixels with some room around it (as measured on LFW): crops are
-    resized to 168 pixels and framed by 42 of grey. Of several faces the one nearest to the template is taken.
-    """
+    """Landmarks (B, 5, 2) in [0, 1] of aligned uint8 crops (B, 3, S, S), NaN where no face is found."""
+    # The detector wants about 100 pixels of face and room around it (measured on LFW): 168, and 42 of grey.
     x = F.interpolate(images.float(), size=168, mode="bicubic", antialias=True, align_corners=False)
     x = F.pad(x.round().clamp(0, 255), (42,) * 4, value=114)
     found = torch.full((len(images), 5, 2), torch.nan)
@@ -422,14 +402,15 @@ def complete_landmarks(faces, folder, weights, device):
     missing = faces.landmarks[:, 0, 0].isnan().nonzero()[:, 0]
     if not len(missing):
         return
-    detector = load_detector(weights, folder, device)
+    detector = None
     for part in tqdm(missing.split(4096), "landmarks", leave=False):
         path = Path(folder, "landmarks", hashlib.sha256(faces.paths[part]).hexdigest()).with_suffix(".pt")
         if not path.is_file():
+            detector = detector or load_detector(weights, folder, device)
             found = [crop_landmarks(detector, x.to(device)) for x, _ in faces.loader(part.split(64))]
             replace_file(path, lambda temporary: torch.save(torch.cat(found), temporary))
-        with reading(path, f"landmarks of {len(part)} images (delete it to find them again)"):
-            faces.landmarks[part] = torch.load(path, weights_only=True).view(len(part), 5, 2)
+        with reading(path, "landmarks that this script found; delete it"):
+            faces.landmarks[part] = torch.load(path, weights_only=True)
     lost = faces.landmarks[:, 0, 0].isnan()
     faces.landmarks[lost] = TEMPLATE
     print(f"landmarks: found in {len(missing) - lost.sum()} of {len(missing)} images, else the template's")
@@ -448,13 +429,9 @@ def largest_face(detector, image, device, smallest, side=640):
 
 
 def crop_face(image, points, size):
-    """The aligned crop of a photograph by landmarks (5, 2) in its pixels, and the landmarks in crop pixels.
-
-    Similarity transform to the ArcFace template. Where that shrinks, the photograph is averaged down first,
-    so that nothing aliases.
-    """
+    """The aligned crop of a photograph by landmarks (5, 2) in its pixels, and the landmarks in the crop's."""
     scale, shift = similarity(points, size * TEMPLATE)
-    factor = max(1, int(1 / scale.abs()))
+    factor = max(1, int(1 / scale.abs()))                       # averaged down first: nothing aliases
     back, offset = 1 / scale / factor, -shift / scale / factor  # PIL asks where a pixel of the crop is from
     affine = torch.cat([back.real, -back.imag, offset.real, back.imag, back.real, offset.imag]).tolist()
     crop = image.reduce(factor).transform((size, size), Image.AFFINE, affine, Image.BICUBIC)
@@ -462,14 +439,8 @@ def crop_face(image, points, size):
 
 
 def align(photos, out, detector, device, size=112, smallest=40):
-    """Crops the largest face of every photograph photos/identity/name to out/identity/, with its landmarks.
-
-    A crop carries its landmarks as JPEG comment, so that what is there need not be done again. Photographs
-    without a face of `smallest` pixels are listed in rejected.csv.
-    """
-    names = list_images(photos)
-    if not names:
-        fail(f"{photos}: expected photographs, identity/photo with one of {' '.join(IMAGES)}; found none")
+    """Crops the largest face, `smallest` pixels or more, of every photos/identity/name to out/identity/."""
+    names = list_images(photos) or fail(f"{photos}: found no identity/photo with one of {' '.join(IMAGES)}")
     crops, rejected = [], []                                            # rows of the two tables
 
     def finish(name):
@@ -480,15 +451,14 @@ def align(photos, out, detector, device, size=112, smallest=40):
             if not path.is_file():
                 image = ImageOps.exif_transpose(Image.open(Path(photos) / name)).convert("RGB")
                 crop, landmarks = crop_face(image, largest_face(detector, image, device, smallest), size)
-                crop.info["comment"] = " ".join(map(str, landmarks.flatten().tolist()))
+                crop.info["comment"] = " ".join(map(str, landmarks.flatten().tolist()))    # for the next run
                 replace_file(path, lambda temporary: crop.save(temporary, "JPEG", quality=95, subsampling=0))
             with Image.open(path) as crop:
                 crops.append((crop_name, torch.tensor([*map(float, crop.info["comment"].split())])))
         except Exception as error:                                      # images break in every possible way
             rejected.append((name, str(error) if isinstance(error, ValueError) else f"unreadable: {error}"))
     torch.set_num_threads(1)                                            # each photograph has a thread
-    with ThreadPoolExecutor(processors()) as pool:
-        list(tqdm(pool.map(finish, names), str(out), len(names), leave=False))
+    threaded(finish, names, str(out))
     write_csv(Path(out) / "rejected.csv", ["file", "reason"], sorted(rejected))
     write_landmarks(Path(out) / "landmarks.csv", sorted(crops, key=lambda row: row[0]))
     print(f"{len(crops)} faces in {out}; {len(rejected)} photographs in rejected.csv")
@@ -500,14 +470,12 @@ def main():
     flag("task", choices=["align", "landmarks"], help="cut faces out of photographs, or find their landmarks")
     flag("source", metavar="DIR", help="identity folders of photographs (align) or of faces; or train.rec")
     flag("--out", metavar="DIR", help="folder of the aligned faces, or of stage 2 (default: faces, runs/dit)")
-    flag("--size", type=int, default=112, help="align: side of a crop in pixels (default: %(default)s)")
     flag("--weights", metavar="PATH", help="those of RetinaFace (default: fetched)")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.task == "landmarks":
-        return complete_landmarks(Faces([args.source]), args.out or "runs/dit", args.weights, device)
+        return complete_landmarks(Faces([args.source]), args.out or "runs/dit", args.weights, DEVICE)
     out = args.out or "faces"
-    align(args.source, out, load_detector(args.weights, out, device), device, args.size)
+    align(args.source, out, load_detector(args.weights, out, DEVICE), DEVICE)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
     python fr_train.py --data casia/                    # identity/image.jpg, or train.rec; 112 x 112, aligned
     python fr_train.py --data runs/virtual --virtual 0 --out runs/fr-virtual    # virtual people alone
 
-Writes OUT/model.safetensors (backbone, real and virtual prototypes, sigma) and OUT/state.pt, from which the
-same command continues a run that was killed.
+Writes OUT/model.safetensors, and OUT/state.pt, from which the same command continues a run that was killed.
 """
 import argparse
 import math
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from data import Faces, batches, open_source, read_benchmark
 from evaluate import nearest, pair_distances, quantile, verification
-from model import (FR_ARCHS, MARGINS, Prototypes, Recogniser, autocast, compiled, fail, resume, run,
+from model import (DEVICE, FR_ARCHS, MARGINS, Prototypes, Recogniser, autocast, compiled, fail, resume, run,
                    save_model, save_state, stop_unless_finite, vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,8 +35,7 @@ flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 f
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
-# Epochs, batch, and scale of the margin loss: at 64, as published, the tiny network cannot keep the margin,
-# and people fall together (docs/measurements.md).
+# Epochs, batch, scale of the margin loss: at 64, as published, people of the tiny network fall together.
 RECIPES = {"tiny": (10, 128, 32.0), "ir_se50": (26, 512, 64.0)}
 
 
@@ -47,28 +45,25 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def make_optimizer(parameters):
-    """SGD with momentum; its learning rate is set at each step. Norms, biases and PReLU do not decay."""
+    """SGD with momentum, in which norms, biases and PReLU do not decay."""
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 5e-4},
               {"params": [p for p in parameters if p.ndim < 2]}]
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
 
 
 def augment(x, p=0.2):
-    """Mirroring, and AdaFace's augmentations of images (B, 3, S, S) in [-1, 1], each of probability p.
-
-    Crop: a random box keeps its place, the rest turns black. Low resolution: down by one factor a batch and
-    up again (AdaFace: a factor an image). Photometric: brightness, contrast and saturation by 0.5 to 1.5.
-    """
+    """Mirrors images (B, 3, S, S) in [-1, 1], and augments them as AdaFace does, each way of probability p: a
+    box keeps its place in black; low resolution (AdaFace: a factor an image; here: a batch); light."""
     B, _, S, _ = x.shape
     uniform = lambda low, high: low + (high - low) * torch.rand(B, 1, 1, 1, device=x.device)
     chosen = lambda: uniform(0, 1) < p
     grid = (torch.arange(S, device=x.device) + 0.5) / S
     area, ratio = uniform(0.2, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-    tall, wide = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
-    top, left = uniform(0, 1) * (1 - tall), uniform(0, 1) * (1 - wide)
-    box = (grid[:, None] > top) & (grid[:, None] < top + tall) & (grid > left) & (grid < left + wide)
+    sides = torch.stack([area / ratio, area * ratio]).sqrt().clamp(max=1)       # (2, B, 1, 1): tall, wide
+    start = torch.rand_like(sides) * (1 - sides)                                # top, left
+    rows, columns = (grid > start) & (grid < start + sides)                     # (B, 1, 1, S) each
     x = torch.where(uniform(0, 1) < 0.5, x, x.flip(3))
-    x = torch.where(chosen() & ~box, -1.0, x)
+    x = torch.where(chosen() & ~(rows.mT & columns), -1.0, x)
     small = F.interpolate(x, size=max(2, int(S * (0.2 + 0.8 * torch.rand(()).item()))), mode="area")
     x = torch.where(chosen(), F.interpolate(small, size=S, mode="bilinear"), x)
     light = (x + 1) * uniform(0.5, 1.5)
@@ -77,40 +72,28 @@ def augment(x, p=0.2):
     return torch.where(chosen(), light.clamp(0, 2) - 1, x)
 
 
-def test(backbone, benchmarks):
-    """A text with the accuracy on each of {name: (images, same)}."""
-    backbone.eval()
-    scores = {name: verification(pair_distances(backbone, images), same)
-              for name, (images, same) in benchmarks.items()}
-    backbone.train()
-    return "".join(f"  {name} {score['accuracy']:.2%}" for name, score in scores.items())
-
-
 def describe_prototypes(W, n):
     """Says how near prototypes (n + k, D), n of them real, come to any other; loudly if some coincide."""
     cosine, _ = nearest(W, W, torch.arange(len(W), device=W.device))
-    for name, some in (("real", cosine[:n]), ("virtual", cosine[n:])):
+    for kind, some in (("real", cosine[:n]), ("virtual", cosine[n:])):
         if len(some):
-            over = (some > 0.9).float().mean()
-            print(f"{name} prototypes: cosine to the nearest other {some.mean():.3f} in the mean, below "
-                  f"{quantile(some, 0.99):.3f} for 99 %; over 0.9: {over:.1%}")
+            over = (some > 0.9).float().mean().item()
+            print(f"{kind} prototypes: cosine to the nearest other {some.mean():.3f} in the mean, 99 % below "
+                  f"{quantile(some, 0.99):.3f}; {over:.1%} coincide (over 0.9)")
             if over > 0.01:
                 print("WARNING: nobody can tell these people apart any more; lower --lr, or clean the data")
 
 
 def main():
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     faces, out = Faces(args.data, args.size), Path(args.out)
     n, size = len(faces.people), faces.size
     k = n if args.virtual is None else args.virtual
     args.arch = args.arch or ("tiny" if size <= 64 else "ir_se50")
     epochs, batch, scale = RECIPES[args.arch]
     batch = min(args.batch or batch, len(faces))
-    if min(n, batch) < 2:
-        fail(f"--data, --batch {batch}: expected 2 or more images a step, of two or more people, found {n}")
-    if size % 16 or size < 32:
-        fail(f"--size {size}: expected a multiple of 16 from 32 on, such as 32, 48 or 112")
+    if min(n, batch) < 2 or size % 16 or size < 32:
+        fail(f"{n} people, --batch {batch}, --size {size}: expected 2 or more, 2 or more, a multiple of 16")
     per_epoch = len(faces) // batch
     epochs = args.epochs or max(epochs, -(-1250 // per_epoch))
     steps = epochs * per_epoch
@@ -118,25 +101,24 @@ def main():
     benchmarks = {Path(path).stem: read_benchmark(path, size) for path in val}
 
     torch.manual_seed(args.seed)
-    backbone = Recogniser(size=size, **FR_ARCHS[args.arch]).to(device, memory_format=torch.channels_last)
-    prototypes = Prototypes(n, k, backbone.config["dim"], args.free).to(device)
-    fast = compiled(backbone, device, steps * batch)
+    backbone = Recogniser(size=size, **FR_ARCHS[args.arch]).to(DEVICE, memory_format=torch.channels_last)
+    prototypes = Prototypes(n, k, backbone.config["dim"], args.free).to(DEVICE)
+    fast = compiled(backbone, DEVICE, steps * batch)
     optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
     settings = vars(args) | {"size": size, "virtual": k, "batch": batch, "epochs": epochs, "out": "",
                              "val": "", "images": len(faces), "identities": n}
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     first = resume(out / "state.pt", settings, modules)
-    print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {device}")
+    print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 
     every = per_epoch * -(-100 // per_epoch)           # log and save at whole epochs, 100 steps apart
-    losses, last_step, last_time, next_test = torch.zeros(3, device=device), first, time.time(), 0.0
-    for step, x, labels, _ in batches(faces, batch, args.seed, first, steps, device, out.name):
+    losses, last_time, next_test = torch.zeros(3, device=DEVICE), time.time(), 0.0
+    for step, x, labels, _ in batches(faces, batch, args.seed, first, steps, DEVICE, out.name):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
-        with autocast(device):
+        with autocast(DEVICE):
             f = fast(augment(x))
-        # paper: full margin from the start; here: it grows over the first tenth of the run, because now and
-        # then all prototypes fell together while it was too hard (85 % instead of 99 on the drawn faces).
+        # paper: full margin at once; here: over a tenth of the run, because prototypes fell together.
         parts = vigface_loss(f, labels, prototypes, virtual_batch_size(step, k, batch, n), args.head,
                              ramp=min(1, 10 * step / steps), scale=scale)
         sum(parts).backward()
@@ -147,7 +129,7 @@ def main():
         losses += torch.stack(parts).detach()
 
         if (step + 1) % every == 0 or step + 1 == steps:
-            count = step + 1 - last_step
+            count = step % every + 1                                    # steps since the last line
             real, virtual, quality = stop_unless_finite((losses / count).tolist(), step + 1, out)
             speed = batch * count / (time.time() - last_time)
             line = (f"epoch {(step + 1) // per_epoch}/{epochs}  loss real {real:.3f} virtual {virtual:.3f} "
@@ -156,14 +138,17 @@ def main():
             save_model(out, "fr", backbone.config, weights, data=args.data, val=[str(path) for path in val],
                        free=args.free, names=list(faces.people), step=step + 1, steps=steps)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
-            losses.zero_()
-            last_step, last_time = step + 1, time.time()
-            if step + 1 == steps or last_time > next_test:              # at most a tenth of the time
-                line += test(backbone, benchmarks)
-                next_test = time.time() + 9 * (time.time() - last_time)
+            begun = time.time()
+            if begun > next_test or step + 1 == steps:                  # at most a tenth of the time
+                backbone.eval()
+                for name, (images, same) in benchmarks.items():
+                    line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
+                backbone.train()
+                next_test = time.time() + 9 * (time.time() - begun)
             tqdm.write(line)
+            losses.zero_()
+            last_time = time.time()
     describe_prototypes(prototypes.unit().detach(), n)
-    print(f"wrote {out / 'model.safetensors'}")
 
 
 if __name__ == "__main__":

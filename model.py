@@ -1,19 +1,14 @@
 """Every network and every objective of VIGFace; the five scripts share this one module.
 
-Read it top to bottom: small helpers, the recogniser (stage 1), its prototypes and margin loss, the Diffusion
-Transformer (stage 2), the diffusion (schedule, loss, sampler), the landmark detector, save and load.
-
 Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, N tokens, C
 width. Images inside the networks are RGB in [-1, 1], (B, 3, S, S); landmarks are (B, 5, 2), x and y in [0, 1]
-of the image, in the order left eye, right eye, nose, left and right mouth corner (left and right of the
-image).
+of the image: left eye, right eye, nose, left and right mouth corner (left and right of the image).
 """
 import contextlib
 import hashlib
 import json
 import math
 import os
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,18 +20,20 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation, nms
 from tqdm import tqdm
 
+# one GPU for each process that torchrun starts
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
 # ---------------------------------------------------------------------------------------------- small helpers
 
-
 def fail(message):
-    """Ends the program with one line on stderr and exit code 2: bad input, nothing half-written."""
+    """Ends the program with one line on stderr and exit code 2."""
     tqdm.write(f"error: {' '.join(message.split())}", sys.stderr)               # not behind a progress bar
     raise SystemExit(2)
 
 
 @contextlib.contextmanager
 def reading(path, expected):
-    """Ends the program with one line if the block fails: a file can hold anything, and break in any way."""
+    """Ends the program with one line if the block fails: a file can break in any way."""
     try:
         yield
     except Exception as error:
@@ -55,13 +52,12 @@ def to_uint8(images):
 
 def autocast(device):
     """bf16 autocast where bf16 is fast: CUDA GPUs, and CPUs with AVX512-BF16 or AMX; plain fp32 elsewhere."""
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)       # CPUs with AMX have it too
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or fast())
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()       # CPUs with AMX have it too
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def compiled(module, device, images):
-    """A second, compiled handle of `module`; itself on a CPU if `images` are too few to repay, or without a
-    compiler, Triton or Python's headers, as slim images are."""
+    """A second, compiled handle of `module`; itself without a compiler, or if `images` are few on a CPU."""
     try:
         if device.type != "cpu" or images >= 30_000:
             torch.compile(torch.sin)(torch.ones(8, device=device))
@@ -78,7 +74,6 @@ conv = partial(Conv2dNormActivation, activation_layer=None)             # a conv
 
 class SqueezeExcite(nn.Module):
     """Channel gates from globally pooled features (Hu et al. 2018), reduction 16."""
-
     def __init__(self, channels):
         super().__init__()
         self.fc1 = nn.Conv2d(channels, channels // 16, 1, bias=False)
@@ -90,7 +85,6 @@ class SqueezeExcite(nn.Module):
 
 class ResidualUnit(nn.Module):
     """The improved residual unit of ArcFace: BN-conv-BN-PReLU-conv(stride)-BN-SE beside a shortcut."""
-
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.res_layer = nn.Sequential(
@@ -104,15 +98,13 @@ class ResidualUnit(nn.Module):
 
 class Recogniser(nn.Module):
     """f: images (B, 3, S, S) -> embeddings (B, D); IR-SE50, with the keys of published AdaFace weights."""
-
-    def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3), dropout=0.4):
+    def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3), dropout=0.4, bgr=False):
         super().__init__()
         self.config = dict(size=size, dim=dim, width=width, units=units, dropout=dropout)
-        self.bgr = False                                    # some published networks were trained on BGR
+        self.bgr = bgr                                      # some published networks were trained on BGR
         self.input_layer = nn.Sequential(*conv(3, width), nn.PReLU(width))
-        # one entry for each unit: every stage doubles the width and halves the side, in its first unit
         widths = [width * 2 ** stage for stage, count in enumerate(units) for _ in range(count)]
-        strides = [2 if unit == 0 else 1 for count in units for unit in range(count)]
+        strides = [2 if unit == 0 else 1 for count in units for unit in range(count)]       # first of a stage
         self.body = nn.Sequential(*map(ResidualUnit, [width, *widths], widths, strides))
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(widths[-1]), nn.Dropout(dropout), nn.Flatten(),
@@ -125,16 +117,14 @@ class Recogniser(nn.Module):
         return self.output_layer(x)                                     # (B, D)
 
 
-# "tiny" is for faces of 32 pixels and a laptop
 FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0), "ir_se50": dict()}
 
 
 @torch.no_grad()
 def embed(backbone, images, batch=256, unit=True):
     """f(x) + f(flip x) of uint8 images (M, 3, S, S), as the field tests: (M, D), of length 1 or not."""
-    device = next(backbone.parameters()).device
-    chunks = (to_float(chunk.to(device, non_blocking=True)) for chunk in images.split(batch))
-    with autocast(device):
+    chunks = (to_float(chunk.to(DEVICE, non_blocking=True)) for chunk in images.split(batch))
+    with autocast(DEVICE):
         f = torch.cat([(backbone(x) + backbone(x.flip(3))).float() for x in chunks])            # (M, D)
     if not f.isfinite().all():
         fail(f"the recogniser gives NaN for some of {len(f)} images: train it again, or name another")
@@ -143,27 +133,21 @@ def embed(backbone, images, batch=256, unit=True):
 
 # -------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
 
-
 class Prototypes(nn.Module):
     """n real and k virtual class prototypes in R^D, what losses know of embeddings, and a quality head."""
-
     def __init__(self, n, k, dim, free=False):
         super().__init__()
         self.free = free
         self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
         self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
         self.quality = nn.Linear(dim, 1)                                # CR-FIQA's head, embedding -> quality
-        self.register_buffer("sigma2", torch.zeros(dim))           # spread of real embeddings, of unit length
+        self.register_buffer("sigma2", torch.zeros(dim))                # spread of real unit embeddings
         self.register_buffer("norm_mean", torch.tensor(20.0))          # AdaFace: norms of real embeddings, as
         self.register_buffer("norm_std", torch.tensor(100.0))           # published before the first step
 
     def unit(self):
-        """All prototypes on the unit sphere, (n + k, D), real ones first.
-
-        paper: virtual prototypes are free vectors; here (unless `free`): coordinates along the real ones'
-        directions, M = L L^T their second moment, so that they spread as real ones do. Free ones flee to
-        directions that no face has, where nobody can be drawn. For them real prototypes are held fixed.
-        """
+        """All prototypes on the unit sphere, (n + k, D), real ones first; paper: virtual ones v free; here
+        (unless `free`): L v, L L^T the real ones' second moment, because free ones go where no face is."""
         real, virtual = F.normalize(self.real), self.virtual
         if not self.free:
             M = real.detach().T @ real.detach() / len(real)                     # (D, D)
@@ -173,11 +157,8 @@ class Prototypes(nn.Module):
 
 
 def arcface(cos, labels, quality=None, margin=0.5, scale=64.0):
-    """ArcFace logits (B, classes): s cos(theta + m) at the label, s cos(theta) elsewhere (ArcFace, eq. 3).
-
-    Where theta + m > pi the cosine would rise again: there the target falls on linearly, cos(theta) - m
-    sin(m). The gradient is the exact one, through sin(theta); kept finite at cos = +-1. quality: unused.
-    """
+    """ArcFace logits (B, classes): s cos(theta + m) at the label, s cos(theta) elsewhere (ArcFace, eq. 3);
+    s (cos(theta) - m sin(m)) where theta + m > pi and the cosine would rise again. quality: unused."""
     target = cos.gather(1, labels[:, None])                                     # (B, 1)
     sin = (1 - target ** 2).clamp(min=1e-9).sqrt()
     pushed = target * math.cos(margin) - sin * math.sin(margin)                 # cos(theta + m)
@@ -186,11 +167,8 @@ def arcface(cos, labels, quality=None, margin=0.5, scale=64.0):
 
 
 def adaface(cos, labels, quality, margin=0.4, scale=64.0, eps=1e-3):
-    """AdaFace logits (B, classes): s (cos(theta - m q) - m - m q) at the label (Kim et al. 2022).
-
-    q (B, 1) in [-1, 1] is the image's `norm_quality`: at -1 this is ArcFace, at 0 CosFace. theta is kept eps
-    inside 0 and pi; the gradient is the exact one there and zero where theta is clipped, as published.
-    """
+    """AdaFace logits (B, classes): s (cos(theta - m q) - m - m q) at the label (Kim et al. 2022);
+    q (B, 1) is the image's `norm_quality`: at -1 this is ArcFace, at 0 CosFace."""
     cos = cos.clamp(eps - 1, 1 - eps)
     theta = cos.gather(1, labels[:, None]).acos() - margin * quality            # (B, 1)
     target = theta.clamp(eps, math.pi - eps).cos() - margin - margin * quality
@@ -210,10 +188,7 @@ def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
 
 
 def quality_loss(f, cos, labels, prototypes):
-    """CR-FIQA's regression of CCS / (NNCCS + 1 + eps) from detached embeddings f (B, D), smooth L1, scalar.
-
-    cos (B, n): to real prototypes only. CCS is the own one's, NNCCS the nearest other's.
-    """
+    """CR-FIQA's regression of own cosine / (nearest other + 1 + eps) from detached f (B, D); cos (B, n)."""
     with torch.no_grad():
         own = cos.gather(1, labels[:, None])
         other = cos.scatter(1, labels[:, None], -2).amax(1, keepdim=True)
@@ -222,16 +197,13 @@ def quality_loss(f, cos, labels, prototypes):
 
 
 def virtual_batch_size(step, k, b_real, n):
-    """b_v for one step: k b_r / n (paper), whole numbers whose running sum never strays from it by one."""
+    """b_v for one step: k b_r / n (paper), rounded so that the running sum is never off by one."""
     return (step + 1) * k * b_real // n - step * k * b_real // n
 
 
 def around(w, sigma2, scale=1.0):
-    """Virtual embeddings (B, D) of prototypes w: w + N(0, 1) sigma, as real ones spread, of unit length.
-
-    paper: sigma^2 is the mean of (f - w)^2; here: times (1 + c) / (2 c^2), because that noise, added to w and
-    normalised again, would give an own cosine of 1 / sqrt(3 - 2 c) where real embeddings have c.
-    """
+    """Virtual embeddings (B, D) of prototypes w: w + N(0, 1) sigma, of unit length; paper: sigma^2 = mean of
+    (f - w)^2; here: times (1 + c) / (2 c^2), because only then their own cosine is c, as of real ones."""
     c = (1 - sigma2.sum() / 2).clamp(min=0.1)                                   # |f - w|^2 = 2 - 2 c
     sigma = (sigma2 * (1 + c) / (2 * c ** 2)).sqrt()                            # sum sigma^2 = 1 / c^2 - 1
     return F.normalize(w + scale * sigma * torch.randn_like(w))
@@ -240,17 +212,14 @@ def around(w, sigma2, scale=1.0):
 def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0):
     """The margin loss over real embeddings f (B, D) and b_virtual virtual ones: real, virtual, quality.
 
-    Virtual embeddings f'_j = w_v^j + N(0, 1) sigma carry the spread of real ones (sigma^2 by EMA, alpha =
-    0.9). They never touch the backbone, and for them real prototypes are negatives held fixed: only virtual
-    prototypes are updated. Real embeddings meet the virtual prototypes as negatives, so the backbone keeps
-    clear of them. paper: normalisation unstated; here: f and w on the unit sphere before sigma and f',
-    because there the margin acts. paper: one loss over both batches; here: both sums over b_r, because a mean
-    over b_r + b_v would shrink the backbone's step as k grows. ramp, 0 to 1, scales the margin.
-    """
+    Virtual embeddings f'_j = w_v^j + N(0, 1) sigma (EMA, alpha = 0.9) update virtual prototypes only, which
+    real ones meet as negatives. paper: normalisation unstated; here: f and w of unit length before sigma and
+    f', because there the margin acts. paper: one loss over both batches; here: both sums over b_r, because
+    b_r + b_v would shrink the backbone's step as k grows. ramp, 0 to 1, scales the margin."""
     logits, margin = MARGINS[head]
     with torch.autocast(f.device.type, enabled=False):
         f = f.float()
-        n = len(prototypes.real)
+        n, k = len(prototypes.real), len(prototypes.virtual)
         unit = F.normalize(f, eps=0.01)                          # an embedding of no length: no huge gradient
         W = prototypes.unit()
         with torch.no_grad():
@@ -258,9 +227,7 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
         cos = unit @ W.T                                                        # (B, n + k)
         real = F.cross_entropy(logits(cos, labels, norm_quality(f, prototypes), ramp * margin, scale), labels)
         quality = quality_loss(f, cos[:, :n], labels, prototypes)
-        if not b_virtual:
-            return real, torch.zeros_like(real), quality
-        j = torch.randint(n, len(W), (b_virtual,), device=f.device)
+        j = n + torch.randint(max(1, k), (b_virtual,), device=f.device)         # none if k = 0
         negatives = torch.cat([W[:n].detach(), W[n:]])
         cos = around(W[j], prototypes.sigma2) @ negatives.T                     # (b_v, n + k)
         average = torch.zeros_like(cos[:, :1])                          # an invented embedding has no norm
@@ -270,9 +237,8 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
 
 # ------------------------------------------------------------------------ the Diffusion Transformer (stage 2)
 
-
 def landmark_image(landmarks, size):
-    """Soft dots on black (B, 3, S, S): eyes red, nose green, mouth corners blue, as in the paper's figure."""
+    """Soft dots on black (B, 3, S, S): eyes red, nose green, mouth corners blue (the paper's figure)."""
     grid = (torch.arange(size, device=landmarks.device) + 0.5) / size
     dx, dy = (grid - landmarks[..., None]).unbind(2)                            # (B, 5, S) each
     dots = torch.exp(-(dx[:, :, None, :] ** 2 + dy[:, :, :, None] ** 2) / (2 * 0.025 ** 2))     # (B, 5, S, S)
@@ -286,20 +252,13 @@ def sinusoids(x, width, longest=10_000):
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d); fused but for training on a CPU, where it is slow."""
-    if q.is_cuda or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v)
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
-
-
 def modulated(x, shift, scale):
     """Layer norm of x (B, N, C) whose gain and offset (B, 1, C) come from the condition (adaLN)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 def zeroed(layer):
-    """`layer`, its parameters set to zero: at first it says nothing, and so changes nothing."""
+    """`layer`, its parameters set to zero, so that at first it changes nothing."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -307,7 +266,6 @@ def zeroed(layer):
 
 class DiTBlock(nn.Module):
     """Self-attention and MLP, shifted, scaled, gated by the condition; at first the identity (adaLN-Zero)."""
-
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -320,7 +278,7 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)    # (B, 1, C)
         h = self.qkv(modulated(x, shift1, scale1))                              # (B, N, 3 C)
         q, k, v = h.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (B, heads, N, C/heads)
-        h = attention(q, k, v).transpose(1, 2).flatten(2)                       # (B, N, C)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
         x = x + gate1 * self.out(h)
         return x + gate2 * self.mlp(modulated(x, shift2, scale2))
 
@@ -328,11 +286,8 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """v(x_t, t, w, landmarks): the DiT of Peebles & Xie in pixel space, told who (w) and which pose.
 
-    Time, prototype and landmark vectors add up to the adaLN condition; the landmark image also joins the
-    noisy image as input channels, so that pose is exact in space. A prototype of zeros stands for nobody in
-    particular.
-    """
-
+    Time, prototype and landmarks add up to the adaLN condition; the landmark image also joins the input as
+    channels, so that pose is exact in space. Zeros for w stand for nobody in particular."""
     def __init__(self, size=112, dim=512, patch=8, width=768, depth=12, heads=12):
         super().__init__()
         self.config = dict(size=size, dim=dim, patch=patch, width=width, depth=depth, heads=heads)
@@ -366,10 +321,8 @@ DIT_SIZES = {"Ti": dict(width=192, depth=6, heads=3), "S": dict(width=384, depth
 
 
 # ----------------------------------------------------------- diffusion: the one place that states conventions
-#
 #   x_t = a x + s e,   v = a e - s x,   so   x = a x_t - s v   and   e = s x_t + a v,
 #   a = cos(pi t / 2), s = sin(pi t / 2):  t = 0 is the image, t = 1 is noise.
-
 
 def signal_noise(t):
     """a and s of time t (B,), shaped (B, 1, 1, 1)."""
@@ -381,29 +334,22 @@ def dit_loss(dit, backbone, x, w, landmarks, sigma2, drop=0.1):
     """Stage 2's two losses on images x (B, 3, S, S) of people w (B, D): MSE of v, squared identity distance.
 
     paper: conditioned on the prototype; here: on points around it, up to as far as embeddings spread, because
-    then a person's pictures vary more. t is logit-normal (Esser et al. 2024). w becomes zeros with
-    probability `drop`, so that guidance has an unconditional model. The identity loss |f(x0_hat) / |f| - w|^2
-    is weighted by a^2 = SNR / (1 + SNR): near t = 1 x0_hat is an average face on which f means nothing, and
-    there its gradient would only draw texture. It is zero where w was dropped: nobody was asked for.
-    """
+    then a person's pictures vary more. The identity loss |f(x0_hat) / |f| - w|^2, zero for a dropped w, is
+    weighted by a^2 = SNR / (1 + SNR): near t = 1 x0_hat is an average face on which f means nothing."""
     w = around(w, sigma2, torch.rand(len(x), 1, device=x.device))
-    t = torch.randn(len(x), device=x.device).sigmoid()
-    keep = (torch.rand(len(x), device=x.device) >= drop).float()
+    t = torch.randn(len(x), device=x.device).sigmoid()                  # logit-normal (Esser et al. 2024)
+    keep = (torch.rand(len(x), device=x.device) >= drop).float()        # guidance needs w = 0, nobody
     a, s = signal_noise(t)
     noise = torch.randn_like(x)
     x_t = a * x + s * noise
     v = a * noise - s * x
     v_hat = dit(x_t, t, w * keep[:, None], landmarks).float()
     f = F.normalize(backbone(a * x_t - s * v_hat).float())
-    distance = (f - w).square().sum(1)                                          # (B,), 2 - 2 cos
-    return F.mse_loss(v_hat, v), (distance * keep * a.flatten() ** 2).mean()
+    return F.mse_loss(v_hat, v), ((f - w).square().sum(1) * keep * a.flatten() ** 2).mean()
 
 
 def guided(dit, w, landmarks, guidance=1.0):
-    """x0_hat(x_t, t) under classifier-free guidance: x0(nobody) + g (x0(w) - x0(nobody)), kept in [-1, 1].
-
-    At g = 1 the unconditional pass is not run at all.
-    """
+    """x0_hat(x_t, t) under classifier-free guidance: x0(nobody) + g (x0(w) - x0(nobody)), kept in [-1, 1]."""
     def denoise(x, t):                                                          # (B, 3, S, S), float
         times = torch.full((len(x),), t, device=x.device)
         a, s = signal_noise(times)
@@ -416,18 +362,13 @@ def guided(dit, w, landmarks, guidance=1.0):
 
 
 def dpm_solver(denoise, x, steps):
-    """DPM-Solver++(2M) (Lu et al. 2022): noise x (B, ...) at t = 1 to an image at t = 0.
-
-    With half log-SNR l = log(a / s) and h = l_next - l, each step extrapolates x0 from the last two; the
-    first step (l = -inf) and the last (l = inf) are of first order, where both orders agree or the second has
-    no meaning.
-    """
+    """DPM-Solver++(2M) (Lu et al. 2022): noise x (B, ...) at t = 1 to an image at t = 0; each step
+    but the first extrapolates x0 from the last two, by h = l_next - l, where l = log(a / s)."""
     times = [1 - i / steps for i in range(steps)]                               # 1, ..., 1 / steps
+    levels = [(math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)) for t in times]        # a, s
     previous, h_previous = None, math.inf
-    for t, t_next in zip(times, times[1:]):
+    for t, (a, s), (a_next, s_next) in zip(times, levels, levels[1:]):
         x0 = denoise(x, t)
-        a, s = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
-        a_next, s_next = math.cos(math.pi * t_next / 2), math.sin(math.pi * t_next / 2)
         h = math.inf if t == 1 else math.log(a_next / s_next) - math.log(a / s)
         estimate = x0 if h_previous == math.inf else x0 + (x0 - previous) * h / (2 * h_previous)
         x = s_next / s * x + (a_next - a * s_next / s) * estimate        # x s_next / s - a_next (e^-h - 1) x0
@@ -437,7 +378,6 @@ def dpm_solver(denoise, x, steps):
 
 # ------------------------------------------------------------------- the detector: photographs -> landmarks
 
-# a convolution, its batch norm and a LeakyReLU, of which all of RetinaFace but its heads is made
 active_conv = partial(Conv2dNormActivation, activation_layer=partial(nn.LeakyReLU, 0.1))
 
 
@@ -448,7 +388,6 @@ def separable(c_in, c_out, stride=1):
 
 class ContextModule(nn.Module):
     """SSH's context module: 3 x 3, 5 x 5 and 7 x 7 fields of view, made of 3 x 3 convolutions."""
-
     def __init__(self):
         super().__init__()
         self.conv3X3 = conv(64, 32)
@@ -462,7 +401,6 @@ class ContextModule(nn.Module):
 
 class RetinaFace(nn.Module):
     """Face detector (Deng et al. 2020) on MobileNet-0.25, with the keys of published Pytorch_Retinaface."""
-
     def __init__(self):
         super().__init__()
         self.body = nn.ModuleDict({
@@ -515,7 +453,6 @@ def detect_faces(detector, images, confidence=0.5):
 
 
 # ---------------------------------------------------------------------------------------------- save and load
-
 
 def replace_file(path, write):
     """Lets `write(temporary path)` make a file, flushes and renames it to `path`: nobody reads half."""
@@ -581,7 +518,7 @@ def load_published(net, path):
     """Loads weights that others published as .pth or .ckpt: prefixes stripped, margin heads left out."""
     with reading(path, f"published weights that fit {type(net).__name__}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict({re.sub(r"^((model|module|backbone)\.)+", "", name): t
+        net.load_state_dict({name.removeprefix("module.").removeprefix("model.").removeprefix("backbone."): t
                              for name, t in state.get("state_dict", state).items() if "head." not in name})
     return net.requires_grad_(False)
 
@@ -589,8 +526,7 @@ def load_published(net, path):
 def load_recogniser(path, device, bgr=False):
     """Backbone and prototypes, frozen, on `device`, and metadata, of a run folder or a published IR-SE50."""
     if Path(path).is_file():
-        backbone = load_published(Recogniser(), path)
-        backbone.bgr = bgr
+        backbone = load_published(Recogniser(bgr=bgr), path)
         prototypes = Prototypes(0, 0, 512).requires_grad_(False)
         meta = {"data": [], "val": []}
     else:
@@ -603,7 +539,7 @@ def load_recogniser(path, device, bgr=False):
 
 
 def same_settings(path, before, now):
-    """Ends the program unless the settings of the run saved at `path` are those of this command."""
+    """Ends the program unless the run saved at `path` had the settings of this command."""
     for key, value in now.items():
         if before.get(key) != value:
             fail(f"{path}: started with {key} = {before.get(key)}, now {value}; set it back or change --out")

@@ -3,14 +3,11 @@
     python sample.py                                        # a small set from runs/dit
     python sample.py --virtual 10000 --per-id 50            # the paper's VIGFace(S)
     python sample.py --real-to 50                           # more pictures of real people with fewer than 50
-    torchrun --nproc-per-node 8 sample.py --virtual 120000 --per-id 50          # any number of GPUs share it;
-                                                            # after fr_train.py --virtual 120000 and its DiT
+    torchrun --nproc-per-node 8 sample.py --virtual 10000 --per-id 50           # any number of GPUs share it
 
-Every picture is judged by the recogniser and drawn again if it comes too near a real person, five times at
-most. Writes OUT/v000123/0007.jpg (the eighth picture of virtual prototype 123); manifest.csv with a row for
-each picture drawn, rejected ones too; landmarks.csv; grid.jpg to look at. A picture follows from the seed,
-its identity, index and attempt alone; the same command continues a run that was killed, and the set comes out
-the same.
+A picture too near a real person is drawn again, up to five times in all. Writes OUT/v000123/0007.jpg (eighth
+picture of virtual prototype 123), manifest.csv (a row for each drawn), landmarks.csv, grid.jpg. The same
+command continues a killed run; the set comes out the same.
 """
 import argparse
 import collections
@@ -20,7 +17,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,8 +28,8 @@ from tqdm import tqdm
 
 from data import read_image, write_csv, write_landmarks, yaw_of
 from evaluate import nearest
-from model import (DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided, load_model,
-                   load_recogniser, reading, replace_file, run, same_settings, to_uint8)
+from model import (DEVICE, DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
+                   load_model, load_recogniser, reading, replace_file, run, same_settings, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -55,16 +51,14 @@ COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict", 
 
 
 def seeded(*what):
-    """A random generator that depends on `what` alone, such as (seed, identity, index)."""
+    """A random generator that depends on `what` alone."""
     key = hashlib.blake2b(repr(what).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "big"))
 
 
 def choose_poses(yaw, by_yaw, count, generator):
-    """Indices of `count` training faces, even over yaw; faces by_yaw (M,) have these yaws (M,), rising.
-
-    The hundredth that looks aside most is left out. (paper: unstated how poses are chosen)
-    """
+    """Indices of `count` training faces; faces by_yaw (M,) have these yaws (M,), rising."""
+    # paper: unstated how; here: even over the middle 99 % of yaws, because few training faces look aside.
     low, high = yaw[int(0.005 * len(yaw))], yaw[int(0.995 * len(yaw))]
     wanted = low + (high - low) * (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return by_yaw[torch.searchsorted(yaw, wanted).clamp(max=len(yaw) - 1)].tolist()
@@ -132,11 +126,8 @@ def write_person(folder, rows, pictures):
 
 
 def draw_people(artist, wanted, out):
-    """Draws and judges pictures of {row: count} people, rejected ones again, and writes them to `out`.
-
-    One queue runs over everybody, so that batches are full. While a batch is drawn, threads make the noise of
-    the next one and write the people who were complete with the last.
-    """
+    """Draws and judges pictures of {row: count} people, rejected ones again, and writes them to `out`."""
+    # One queue runs over everybody: batches are full. Meanwhile threads make noise and write complete people.
     args, names = artist.args, artist.names
     dit = compiled(artist.dit, artist.device, 2 * sum(wanted.values()) * args.steps)
     yaw, by_yaw = yaw_of(artist.landmarks).sort()
@@ -175,32 +166,28 @@ def finish(artist, wanted, out):
     """Joins everybody's rows into manifest.csv, which says that the set is complete; says how it went."""
     people = [out / artist.names[row] / "person.csv" for row in wanted]         # about 1 KB of rows a picture
     rows = [row for file in people for row in csv.DictReader(file.read_text().split("\n"))]
-    accepted = [row for row in rows if row["verdict"] == "accepted"]
-    if not accepted:
-        fail(f"{out}: every picture was rejected; train stage 2 longer, or set --max-real")
-    poses = artist.dit.size * artist.landmarks
-    landmarks = ((row["file"], poses[int(row["landmarks_from"])]) for row in accepted)
-    write_landmarks(out / "landmarks.csv", landmarks)
+    accepted = [row for row in rows if row["verdict"] == "accepted"] or fail(
+        f"{out}: every picture was rejected; train stage 2 longer, or set --max-real")
+    poses = artist.dit.size * artist.landmarks[[int(row["landmarks_from"]) for row in accepted]]
+    write_landmarks(out / "landmarks.csv", zip((row["file"] for row in accepted), poses))
     pictures = [sorted(file.parent.glob("*.jpg")) for file in people[:8]]
     grid = [read_image(person[i * len(person) // 8]) for person in pictures if person for i in range(8)]
     replace_file(out / "grid.jpg", lambda path: save_image(torch.stack(grid) / 255, path, "JPEG", nrow=8))
     write_csv(out / "manifest.csv", COLUMNS, (row.values() for row in rows))
-    share = sum(float(row["own_is_nearest"]) for row in accepted) / len(accepted)
-    print(f"{out}: {len(accepted)} images of {len(wanted)} people, {share:.1%} nearest to the own prototype; "
-          f"{len(rows) - len(accepted)} rejected as closer than {artist.max_real:.3f} to a real person, "
-          f"{sum(wanted.values()) - len(accepted)} left out")
-    if len(rows) > 2 * len(accepted):
-        print("WARNING: over half was rejected; does the DiT know these people?", file=sys.stderr)
+    mean = lambda column: sum(float(row[column]) for row in accepted) / len(accepted)
+    loud = "WARNING: over half was rejected; " if len(rows) > 2 * len(accepted) else ""
+    print(f"{loud}{out}: {len(accepted)} images of {len(wanted)} people, cosine to the own prototype "
+          f"{mean('cos_own'):.3f}, the nearest for {mean('own_is_nearest'):.1%}; {len(rows) - len(accepted)} "
+          f"over {artist.max_real:.3f} to a real person, {sum(wanted.values()) - len(accepted)} left out")
 
 
 def main():
     args = parser.parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    args.batch = args.batch or (256 if device.type == "cuda" else 64)
+    args.batch = args.batch or (256 if DEVICE.type == "cuda" else 64)
     if min(args.per_id, args.steps, args.batch) < 1:
         fail("--per-id, --steps and --batch: expected 1 or more of each")
-    artist = Artist(args, device)
+    artist = Artist(args, DEVICE)
     wanted = artist.people()
     out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
     settings = vars(args) | {"out": "", "dit_sha256": digest(args.dit), "fr_sha256": digest(args.fr)}

@@ -1,8 +1,9 @@
-"""Feeds damaged and hostile files to every reader: python docs/fuzz.py [CASES] [SEED]
+"""Feeds damaged and hostile files to every reader: python docs/fuzz.py [CASES [SEED]]
 
 A case ends well if the file is read, or refused with one line and exit code 2. A traceback, a payload that
-ran, a case of more than 20 seconds or a peak of more than 2 GiB does not. Files are valid ones with bits
-flipped, bytes replaced, cut short, repeated, or with a number made absurd.
+ran or a case of more than 20 seconds does not. Prints how often each reader read and refused, and the peak of
+memory. Files are valid ones with bits flipped, bytes replaced, cut short, repeated, or with a number made
+absurd. CASES is 20,000 by default.
 """
 import collections
 import contextlib
@@ -12,6 +13,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -33,77 +35,13 @@ rng, root = random.Random(seed), Path(tempfile.mkdtemp())
 torch.manual_seed(seed)
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
-
-
-def encoded(kind, side=32):
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side)).save(buffer, kind)
-    return buffer.getvalue()
+ABSURD = [0, -1, 1, 255, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 2 ** 40, 2 ** 63, 10 ** 30]
+WORDS = [b"", b"\0", b"/", b"../", b"-", b"nan", b"1e999", b"\n", b'"', b"\xff", *(b"%d" % x for x in ABSURD)]
 
 
 class Payload:
     def __reduce__(self):
         return os.system, (f"touch {root}/owned",)
-
-
-def make_folder():
-    (root / "f/p").mkdir(parents=True)
-    for i in range(4):
-        (root / f"f/p/{i}.png").write_bytes(encoded("PNG"))
-
-
-make_folder()
-landmarks = "file,x1,y1,x2,y2,x3,y3,x4,y4,x5,y5\n" + "".join(
-    f"p/{i}.png,11,14.5,21,14.5,16,20,12,26,20,26\n" for i in range(4))
-records = [data.pack_record(i + 1, [i % 2] * (1 + i % 2), encoded("JPEG" if i % 2 else "PNG"))
-           for i in range(6)]
-offsets = [sum(map(len, records[:i])) for i in range(6)]
-index = "".join(f"{i + 1}\t{offset}\n" for i, offset in enumerate(offsets))
-benchmark = [pickle.dumps(([encoded("PNG")] * 20, [True, False] * 5), protocol) for protocol in (0, 2, 4)]
-pairs = "5\t1\n" + "p\t1\t2\np\t1\tq\t2\n" * 5
-for person in "pq":
-    (root / f"lfw/{person}").mkdir(parents=True)
-    for i in (1, 2):
-        (root / f"lfw/{person}/{person}_{i:04d}.png").write_bytes(encoded("PNG"))
-tiny = dict(size=32, dim=8, width=16, units=(1, 1, 1, 1))
-backbone, prototypes = model.Recogniser(model.FRConfig(**tiny)), model.Prototypes(3, 2, 8)
-tensors = {f"backbone.{name}": t for name, t in backbone.state_dict().items()}
-tensors |= {f"prototypes.{name}": t for name, t in prototypes.state_dict().items()}
-model.save_model(root / "m", "fr", backbone.cfg, tensors, data=["x"], val=[], names=["a", "b", "c"], step=1)
-checkpoint = (root / "m/model.safetensors").read_bytes()
-torch.save({f"module.{name}": t for name, t in model.RetinaFace().state_dict().items()}, root / "w.pth")
-weights = (root / "w.pth").read_bytes()
-torch.save({f"model.{name}": t for name, t in backbone.state_dict().items()}, root / "b.pth")
-recogniser = (root / "b.pth").read_bytes()
-torch.save({"settings": {"lr": 0.1}, "step": 3, "net": torch.nn.Linear(3, 3).state_dict()}, root / "s.pt")
-state = (root / "s.pt").read_bytes()
-ABSURD = [0, -1, 1, 255, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 2 ** 40, 2 ** 63, 10 ** 30]
-
-
-def damage(content):
-    """One to four changes of a valid file."""
-    content = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(content) + 1)
-        kind = rng.randrange(7)
-        if kind == 0 and content:
-            content[at % len(content)] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            content[at:at + 4] = rng.randbytes(4)
-        elif kind == 2:
-            content = content[:at]
-        elif kind == 3:
-            content[at:at] = content[at:at + rng.randint(1, 60)]
-        elif kind == 4:
-            content[at:at + 4] = struct.pack("<I", rng.choice(ABSURD) & 0xffffffff)
-        elif kind == 5:
-            content[at:at + 8] = struct.pack("<Q", rng.choice(ABSURD) & 2 ** 64 - 1)
-        elif kind == 6:
-            content[at:at + 1] = rng.choice([b"", b"\0", b"/", b"../", b"-", b"nan", b"1e999", b"\n", b'"',
-                                             b"\xff", str(rng.choice(ABSURD)).encode()])
-        if not content:
-            content = bytearray(b"x")
-    return bytes(content)
 
 
 def write(name, content):
@@ -112,103 +50,158 @@ def write(name, content):
     return root / name
 
 
+def encoded(kind, side=32):
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def record(key, labels, image):
+    """An InsightFace record: magic, length, flag, label, two ids, `flag` labels, image, zeros."""
+    flag = len(labels) if len(labels) > 1 else 0
+    content = struct.pack("<IfQQ", flag, labels[0], key, 0)
+    content += struct.pack(f"<{flag}f", *labels[:flag]) + image
+    return struct.pack("<II", data.MAGIC, len(content)) + content + bytes(-len(content) % 4)
+
+
+def saved(content):
+    torch.save(content, root / "saved")
+    return (root / "saved").read_bytes()
+
+
+def damage(content):
+    """One to four changes of a valid file."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(content))
+        absurd = rng.choice(ABSURD)
+        content[at:at + 8] = rng.choice([
+            bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1:at + 8],              # a bit
+            rng.randbytes(4) + content[at + 4:at + 8],
+            content[at:at + 8] + content[at:at + rng.randint(1, 60)],                           # twice
+            struct.pack("<I", absurd % 2 ** 32) + content[at + 4:at + 8],
+            struct.pack("<Q", absurd % 2 ** 64),
+            rng.choice(WORDS) + content[at + 1:at + 8]])
+        content = content[:at] if rng.random() < 0.15 else content
+        content = content or bytearray(b"x")
+    return bytes(content)
+
+
+for i in range(4):
+    write(f"f/p/{i}.png", encoded("PNG"))
+LANDMARKS = b"file,x1,y1,x2,y2,x3,y3,x4,y4,x5,y5\n" + b"".join(
+    b"p/%d.png,11,14.5,21,14.5,16,20,12,26,20,26\n" % i for i in range(4))
+RECORDS, INDEX = b"", b""
+for i in range(6):
+    INDEX += b"%d\t%d\n" % (i + 1, len(RECORDS))
+    RECORDS += record(i + 1, [i % 2] * (1 + i % 2), encoded("JPEG" if i % 2 else "PNG"))
+BENCHMARKS = [pickle.dumps(([encoded("PNG")] * 20, [True, False] * 5), protocol) for protocol in (0, 2, 4)]
+TINY = dict(size=32, dim=8, width=16, units=(1, 1, 1, 1))
+META = {"stage": "fr", "config": TINY, "data": ["x"], "val": [], "free": False, "names": list("abc"),
+        "step": 1, "steps": 1}
+backbone = model.Recogniser(**TINY)
+tensors = {f"backbone.{name}": t for name, t in backbone.state_dict().items()}
+tensors |= {f"prototypes.{name}": t for name, t in model.Prototypes(3, 2, 8).state_dict().items()}
+save_file(tensors, write("m/model.safetensors", b""), {"vigface": json.dumps(META)})
+CHECKPOINT = (root / "m/model.safetensors").read_bytes()
+DETECTOR = saved({f"module.{name}": t for name, t in model.RetinaFace().state_dict().items()})
+RECOGNISER = saved({f"model.{name}": t for name, t in backbone.state_dict().items()})
+STATE = saved({"settings": {"lr": 0.1}, "step": 3, "net": torch.nn.Linear(3, 3).state_dict()})
+HOSTILE = [*(pickle.dumps((Payload(), [True]), protocol) for protocol in (0, 2, 4)),
+           b"\x80\x04\x8e" + struct.pack("<Q", 2 ** 40) + b"abc.",              # a string of absurd length
+           b"\x80\x02cnumpy\nndarray\n(I%d\ntR." % 2 ** 40,                 # an array, by calling the class
+           b"(" * 500_000 + b"."]
+
+
+def hurt(*valid):
+    """One of some valid files, damaged; now and then a hostile pickle instead."""
+    return rng.choice(HOSTILE) if rng.random() < 0.1 else damage(rng.choice(valid))
+
+
 def rec():
-    write("r/train.rec", damage(b"".join(records)) if rng.random() < 0.7 else b"".join(records))
-    write("r/train.idx", damage(index.encode()) if rng.random() < 0.5 else index.encode())
+    write("r/train.rec", damage(RECORDS) if rng.random() < 0.7 else RECORDS)
+    write("r/train.idx", damage(INDEX) if rng.random() < 0.5 else INDEX)
     data.mapped.cache_clear()
     data.Faces([root / "r"])
 
 
-def hostile_pickle():
-    kind = rng.randrange(5)
-    if kind == 0:
-        return pickle.dumps((Payload(), [True]), rng.choice([0, 2, 4]))
-    if kind == 1:                                           # an array of any size, by calling the class
-        shape = rng.choice(ABSURD[4:])
-        return b"\x80\x02cnumpy\nndarray\n" + f"(I{shape}\n".encode() + b"tR."
-    if kind == 2:                                           # a memo entry far out
-        return b"\x80\x02]r" + struct.pack("<I", rng.choice([2 ** 31, 2 ** 32 - 1, 2 ** 28])) + b"."
-    if kind == 3:                                           # a string of absurd length
-        return b"\x80\x04\x8e" + struct.pack("<Q", rng.choice(ABSURD[4:9])) + b"abc."
-    return b"(" * rng.choice([10, 10_000, 500_000]) + b"."
-
-
-def bin_():
-    content = hostile_pickle() if rng.random() < 0.2 else damage(rng.choice(benchmark))
-    data.read_benchmark(write("x.bin", content), 32)
-
-
-def pairs_txt():
-    data.read_benchmark(write("pairs.txt", damage(pairs.encode())), 32, root / "lfw")
-
-
-def landmarks_csv():
-    write("f/landmarks.csv", damage(landmarks.encode()))
+def landmarks():
+    write("f/landmarks.csv", damage(LANDMARKS))
     data.Faces([root / "f"])
 
 
 def image():
     content = damage(encoded(rng.choice(["PNG", "JPEG"])))
-    if rng.random() < 0.1:                                  # a bomb: a header that promises too much
-        content = bytearray(encoded("PNG"))
-        content[16:24] = struct.pack(">II", *rng.choices([20_000, 2 ** 20, 2 ** 31 - 1], k=2))
-    write("i/p/1.png", bytes(content))
+    if rng.random() < 0.1:                                              # a header that promises too much
+        sides = struct.pack(">II", *rng.choices([20_000, 2 ** 20, 2 ** 31 - 1], k=2))
+        content = encoded("PNG").replace(struct.pack(">II", 32, 32), sides, 1)
+    write("i/p/1.png", content)
     data.Faces([root / "i"])
 
 
+def metadata():
+    meta = META | {"config": dict(TINY)}
+    where = rng.choice([meta, meta["config"]])
+    wrong = [*ABSURD, "a", None, [], {}, -3.5, ["../x"], [1, 2], float("nan"), True]
+    where[rng.choice([*where, "new"])] = rng.choice(wrong)
+    save_file(tensors, root / "m/model.safetensors", {"vigface": json.dumps(meta)})
+    model.load_recogniser(root / "m", torch.device("cpu"))
+
+
 def safetensors():
-    if rng.random() < 0.5:
-        folder = write("m/model.safetensors", damage(checkpoint)).parent
-    else:                                                   # sound tensors, absurd metadata
-        meta = {"stage": "fr", "config": dict(tiny), "data": ["x"], "val": [], "names": list("abc")}
-        wrong = rng.choice([*ABSURD, "a", None, [], {}, -3.5, ["../x"], [1, 2], float("nan"), True])
-        where = rng.choice([meta, meta["config"]])
-        where[rng.choice([*where, "new"])] = wrong
-        save_file(tensors, root / "m/model.safetensors", {"vigface": json.dumps(meta)})
-        folder = root / "m"
-    model.load_recogniser(folder, torch.device("cpu"))
+    model.load_recogniser(write("m/model.safetensors", damage(CHECKPOINT)).parent, torch.device("cpu"))
 
 
-def pth():
-    content = pickle.dumps(Payload()) if rng.random() < 0.05 else damage(weights)
-    model.load_published(model.RetinaFace(), write("w.pth", content))
+def benchmark():
+    data.read_benchmark(write("x.bin", hurt(*BENCHMARKS)), 32)
 
 
-def published():
-    model.load_published(backbone, write("w.pth", damage(recogniser)))
+def detector():
+    model.load_published(model.RetinaFace(), write("w.pth", hurt(DETECTOR)))
 
 
-def resume():
-    model.resume(write("s.pt", damage(state)), {"lr": 0.1}, {"net": torch.nn.Linear(3, 3)})
+def recogniser():
+    model.load_published(model.Recogniser(**TINY), write("w.pth", hurt(RECOGNISER)))
+
+
+def state():
+    model.resume(write("s.pt", hurt(STATE)), {"lr": 0.1}, {"net": torch.nn.Linear(3, 3)})
 
 
 def too_slow(*_):
     raise TimeoutError("20 seconds")
 
 
-signal.signal(signal.SIGALRM, too_slow)
-counts, worst, started = collections.Counter(), 0, time.time()
-readers = [rec, bin_, pairs_txt, landmarks_csv, image, safetensors, pth, published, resume]
-for case in range(cases):
-    reader, said, begun = readers[case % len(readers)], io.StringIO(), time.time()
+def outcome(reader):
+    """How a case ends, in a word, and what was said."""
+    said = io.StringIO()
     signal.alarm(20)
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             reader()
-        result = "read"
+        return "read", ""
     except SystemExit as stop:
-        errors = [line for line in said.getvalue().splitlines() if "error:" in line]
-        result = "refused" if stop.code == 2 and len(errors) == 1 else f"BAD exit: {said.getvalue()[-300:]}"
+        lines = said.getvalue().replace("\r", "\n").splitlines()
+        errors = sum(line.startswith("error:") for line in lines)
+        return "refused" if stop.code == 2 and errors == 1 else "BAD", said.getvalue()
     except BaseException as error:
-        result = f"BAD {type(error).__name__}: {str(error)[:200]}"
-    signal.alarm(0)
-    worst = max(worst, time.time() - begun)
-    counts[reader.__name__, result] += 1
-    if result.startswith("BAD"):
-        print(f"case {case}, {reader.__name__}: {result}", flush=True)
-for (reader, result), count in sorted(counts.items()):
-    print(f"{reader:16s} {count:6d} {result}")
+        return "BAD", f"{type(error).__name__}: {error}"
+    finally:
+        signal.alarm(0)
+
+
+signal.signal(signal.SIGALRM, too_slow)
+readers = [rec, benchmark, landmarks, image, metadata, safetensors, detector, recogniser, state]
+counts, started = collections.Counter(), time.time()
+for case in range(cases):
+    reader = readers[case % len(readers)]
+    word, said = outcome(reader)
+    counts[reader.__name__, word] += 1
+    if word == "BAD":
+        print(f"case {case}, {reader.__name__}: {said[-300:]}", flush=True)
+for (name, word), count in sorted(counts.items()):
+    print(f"{name:12s} {count:6d} {word}")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-print(f"{cases} cases, seed {seed}: {sum(c for (_, r), c in counts.items() if r.startswith('BAD'))} bad; "
-      f"payload ran: {(root / 'owned').exists()}; slowest {worst:.1f} s, peak {peak:.2f} GiB, "
-      f"{time.time() - started:.0f} s in all")
+print(f"{cases} cases, seed {seed}, {time.time() - started:.0f} s; peak of memory {peak:.2f} GiB; "
+      f"payload ran: {(root / 'owned').exists()}")
+shutil.rmtree(root)

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The full-size run on real faces, for one GPU: bash docs/gpu.sh FOLDER lfw112 celeba.bin [DIT_STEPS] [ARCH]
-# IR-SE50 and a DiT at 112 pixels, 2,000 virtual people x 8, virtual-only and mixed recognisers, report, speeds.
+# All that a GPU must show: bash docs/gpu.sh FOLDER FACES "BENCHMARK.bin ..." [DIT [SEEDS]]
+# The tests, the speeds, and docs/real.sh at 112 pixels, which takes DIT and SEEDS. What each prints is also
+# in FOLDER/{tests,speed,real}.txt; what is finished (FOLDER/*.done) is not done again.
 set -euo pipefail
 home=$(cd "$(dirname "$0")/.." && pwd)
-faces=$(realpath "$2") benchmark=$(realpath "$3")
-mkdir -p "$1" && cd "$1"
-python "$home/docs/speed.py"
-python "$home/fr_train.py" --data "$faces" --val "$benchmark" --batch 256 --epochs 40
-python "$home/dit_train.py" --arch "${5:-S/8}" --steps "${4:-20000}" --batch 256
-python "$home/sample.py" --virtual 2000 --per-id 8
-python "$home/fr_train.py" --data runs/virtual --val "$benchmark" --virtual 0 --batch 256 --out runs/fr-virtual
-python "$home/fr_train.py" --data "$faces" runs/virtual --val "$benchmark" --virtual 0 --batch 256 --epochs 40 --out runs/fr-mixed
-python "$home/evaluate.py"
+mkdir -p "$1"
+folder=$(realpath "$1")
+once() {                                        # NAME COMMAND...
+    [ -e "$folder/$1.done" ] && return
+    "${@:2}" | tee "$folder/$1.txt"
+    touch "$folder/$1.done"
+}
+once tests env -C "$home" python -m pytest -q
+once speed python "$home/docs/speed.py"
+once real bash "$home/docs/real.sh" "$folder" "$2" "$3" 112 "${4:---steps 20000}" "${5:-0 1 2}"

@@ -1,44 +1,79 @@
-"""Compares landmarks found with those a folder has: python docs/landmarks.py lfw112 WEIGHTS [STRIDE]
+"""Compares landmarks found with those a folder has: python docs/landmarks.py lfw112 [WEIGHTS [STRIDE]]
 
-Every STRIDE-th image of the folder (default 1). Prints the share found, the distance to the landmarks in its
-landmarks.csv in pixels of the crop, and images a second; draws landmarks.jpg: above, found landmarks on faces
-from the hardest tenth, below, on others, with the mean distance of the five points.
+Every STRIDE-th image of the folder (default 1). Prints the share found, images a second, the distance to the
+landmarks in its landmarks.csv and to those the same detector finds without bf16, in pixels of the crop, and
+the rate of `largest_face` on photographs of 200 pixels: the crops with a border, a thread for each processor,
+as `data.py align` does.
 """
+import contextlib
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Faces, contact_sheet, crop_landmarks, load_detector
+import model
+from data import Faces, crop_landmarks, largest_face, load_detector, processors
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-faces, detector = Faces([sys.argv[1]]), load_detector(sys.argv[2], None, device)
+faces = Faces([sys.argv[1]])
+detector = load_detector((sys.argv[2:] or [None])[0], "runs", device)
 chosen = torch.arange(0, len(faces), int((sys.argv[3:] or [1])[0]))
-start, points, known = time.time(), [], []
-for images, i in faces.loader(chosen.split(64)):
-    found, sure = crop_landmarks(detector, images.to(device))
-    points.append(found)
-    known.append(sure)
-rate = len(chosen) / (time.time() - start)
-points, known = torch.cat(points), torch.cat(known)
-distance = faces.size * (points - faces.landmarks[chosen]).norm(dim=2)          # (M, 5)
-mean = distance.mean(1)
-quantiles = lambda x: "median {:.2f}, 99th percentile {:.2f}".format(
-    *x.flatten().quantile(torch.tensor([0.5, 0.99])))
-print(f"{len(chosen)} images, found {known.float().mean():.2%}, {rate:.0f} img/s on {device}; pixels off: "
-      f"of a point {quantiles(distance)}; mean of five {quantiles(mean)}, largest {mean.max():.2f}")
-order = mean.argsort(descending=True)
-tenth = order[:len(order) // 10]
-rows = []
-for some in (tenth[::max(1, len(tenth) // 16)][:16], order[len(tenth)::len(order) // 16][:8]):
-    for k in some.split(8):
-        row = []
-        for j in k.tolist():
-            image = faces.__getitems__([chosen[j]])[0][0].clone()
-            for x, y in (faces.size * points[j]).long().clamp(1, faces.size - 2).tolist():
-                image[:, y - 1:y + 1, x - 1:x + 1] = torch.tensor([0, 255, 0])[:, None, None]
-            row.append((image, f"{mean[j]:.1f}"))
-        rows.append(row)
-contact_sheet("landmarks.jpg", rows, side=faces.size)
+
+
+def find():
+    """Landmarks (M, 5, 2) in pixels of the chosen images, and images a second after the first batch."""
+    found = []
+    for images, _ in faces.loader(chosen.split(64)):
+        found.append(crop_landmarks(detector, images.to(device)))
+        start = time.time() if len(found) == 1 else start
+    return faces.size * torch.cat(found), (len(chosen) - 64) / (time.time() - start)
+
+
+def describe(name, points, others):
+    """Prints how far landmarks (M, 5, 2) lie from each other, where both were found."""
+    distance = (points - others).norm(dim=2)                                    # (M, 5)
+    distance = distance[~distance.isnan().any(1)]
+    if len(distance):
+        print(f"pixels to {name}, {len(distance)} faces: mean {distance.mean():.3f}, median "
+              f"{distance.median():.3f}, 99th percentile {distance.quantile(0.99):.3f}; largest mean of five "
+              f"{distance.mean(1).max():.2f}")
+
+
+def photograph(i):
+    """Image i as a photograph of 200 pixels, with its border repeated."""
+    image = torch.from_numpy(faces.__getitems__([i])[0])
+    image = F.interpolate(image.float(), size=112, mode="bilinear", antialias=True)
+    return to_pil_image(F.pad(image, (44,) * 4, mode="replicate")[0].round().clamp(0, 255).byte())
+
+
+points, rate = find()
+share = (~points.isnan().flatten(1).any(1)).float().mean()
+print(f"{len(points)} images, found {share:.2%}, {rate:.0f} img/s on {device}")
+describe("landmarks.csv", points, faces.size * faces.landmarks[chosen])
+model.autocast, kept = lambda device: contextlib.nullcontext(), model.autocast
+exact, _ = find()
+model.autocast = kept
+describe("the same detector without bf16", points, exact)
+
+
+def seen(image):
+    """Is there a face in a photograph?"""
+    try:
+        return len(largest_face(detector, image, device, smallest=40)) == 5
+    except ValueError:
+        return False
+
+
+photographs = [photograph(i) for i in chosen[:2000].tolist()]
+torch.set_num_threads(1)
+with ThreadPoolExecutor(processors()) as pool:
+    any(pool.map(seen, photographs[:32]))                                       # warms up
+    start = time.time()
+    count = sum(pool.map(seen, photographs))
+print(f"largest_face: {count} faces in {len(photographs)} photographs of 200 pixels, "
+      f"{len(photographs) / (time.time() - start):.0f} img/s with {processors()} threads")

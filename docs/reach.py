@@ -12,32 +12,32 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import IDENTITY_DIALS, NUISANCE_DIALS, draw_faces
-from model import (DiT, DiTConfig, autocast, build, dpm_solver, embed, guided, load_model, load_recogniser,
-                   part, to_uint8)
+from data import PERSON, PICTURE, draw_faces
+from model import DiT, autocast, build, dpm_solver, embed, guided, load_model, load_recogniser, to_uint8
 
 device, count = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 100
 torch.manual_seed(99)
 backbone, prototypes, _ = load_recogniser("runs/fr", device)
 tensors, meta = load_model("runs/dit", "dit")
-dit = build(DiT, DiTConfig, meta, part(tensors, "dit"), "runs/dit").to(device).eval()
-size, W, n = dit.cfg.size, prototypes.unit(), len(prototypes.real)
+dit = build(DiT, tensors, "dit", meta["config"], "runs/dit").to(device).eval()
+poses, W, n = tensors["poses.landmarks"], prototypes.unit(), len(prototypes.real)
 
-who = torch.rand(count, IDENTITY_DIALS).repeat_interleave(8, 0)
-new = torch.cat([draw_faces(dials, torch.rand(len(dials), NUISANCE_DIALS), size)[0]
-                 for dials in who.split(200)])
+who = torch.rand(count, sum(PERSON.values())).repeat_interleave(8, 0)
+new = torch.cat([draw_faces(some, torch.rand(len(some), sum(PICTURE.values())), dit.size)[0]
+                 for some in who.split(200)])
 centres = F.normalize(embed(backbone, to_uint8(2 * new - 1)).view(count, 8, -1).sum(1))
 
-share, directions = torch.linalg.eigh(W[:n].T @ W[:n] / n)              # ascending
+share, directions = torch.linalg.eigh(W[:n].T @ W[:n] / n)                      # ascending
 inside = directions[:, share.cumsum(0) > 0.01]
 print(f"{inside.shape[1]} of {W.shape[1]} directions hold 99 % of the real prototypes")
-for name, people in (("trained on", W[:count]), ("drawn anew", centres), ("virtual", W[n:n + count])):
+for name, people in (("trained on", W[:n][:count]), ("drawn anew", centres), ("virtual", W[n:n + count])):
     w = people.repeat_interleave(4, 0)
-    pose = tensors["poses.landmarks"][torch.randint(len(tensors["poses.landmarks"]), (len(w),))].to(device)
-    noise, line = torch.randn(len(w), 3, size, size, device=device), ""
+    pose = poses[torch.randint(len(poses), (len(w),))].to(device)
+    noise = torch.randn(len(w), 3, dit.size, dit.size, device=device)
+    line = f"{name}: {(people @ inside).square().sum(1).mean():.1%} inside"
     for guidance in (1, 2):
         with torch.no_grad(), autocast(device):
-            images = torch.cat([dpm_solver(guided(dit, *some[:2], guidance), some[2], 10)
-                                for some in zip(w.split(100), pose.split(100), noise.split(100))])
+            images = torch.cat([dpm_solver(guided(dit, *some, guidance), start, steps=10)
+                                for *some, start in zip(w.split(100), pose.split(100), noise.split(100))])
         line += f"  guidance {guidance}: {(embed(backbone, to_uint8(images)) * w).sum(1).mean():.3f}"
-    print(f"{name}: {(people @ inside).square().sum(1).mean():.1%} inside{line}")
+    print(line)

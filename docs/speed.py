@@ -1,138 +1,215 @@
 """Measures the speeds that docs/measurements.md quotes: python docs/speed.py
 
-On a GPU at batch 256 and compiled; on a CPU at batch 8, not compiled. Rates are medians of several runs after
-warming up, on random images already on the device. Share of peak: the FLOPs PyTorch counts in one step, over
-the rate of a large bf16 matrix product measured in the same run. Graphs: how many torch.compile made before
-the measurement, and during it (none, if nothing recompiles in steady state).
+A line each: images a second, milliseconds a step, share of a large matrix product measured in the same run
+(by the FLOPs that PyTorch counts in one eager step; in bf16, or fp32 on a CPU without it), peak memory, and
+how many graphs torch.compile made before the measurement + during it (none, if nothing recompiles in steady
+state). On random images that are on the device already, but for the sampling, which is sample.py's own loop
+with its audit and JPEG files, and the loading. On a CPU the same with small batches, not compiled.
 """
+import copy
+import gc
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import (DIT_SIZES, DiT, DiTConfig, FRConfig, Prototypes, Recogniser, dit_loss, dpm_solver, embed,
-                   guided, to_uint8, vigface_loss)
+import sample
+from data import PERSON, PICTURE, Faces, draw_faces, processors
+from dit_train import mirror
+from fr_train import augment, make_optimizer
+from model import (DIT_SIZES, DiT, Prototypes, Recogniser, autocast, compiled, digest, dit_loss, save_model,
+                   vigface_loss, virtual_batch_size)
 
-gpu = torch.cuda.is_available()
-device = torch.device("cuda" if gpu else "cpu")
-sync = torch.cuda.synchronize if gpu else lambda: None
-torch.manual_seed(0)
-print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+PEOPLE = 10_572                                                         # of CASIA-WebFace
 
 
-def seconds(step, warm=3, steps=8 if gpu else 2, runs=5 if gpu else 3):
-    for _ in range(warm if gpu else 1):
+def seconds(step, warm, steps, runs):
+    """Seconds of one step: the median of `runs` runs of `steps` steps, after `warm` of them."""
+    wait = torch.cuda.synchronize if GPU else lambda: None
+    for _ in range(warm):
         step()
-    times, before = [], counters["stats"]["unique_graphs"]
+    times = []
     for _ in range(runs):
-        sync()
+        wait()
         start = time.perf_counter()
         for _ in range(steps):
             step()
-        sync()
+        wait()
         times.append((time.perf_counter() - start) / steps)
-    global graphs
-    graphs = f"{before} + {counters['stats']['unique_graphs'] - before} graphs"
     return statistics.median(times)
 
 
-side = 8192 if gpu else 2048
-a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-peak = 2 * side ** 3 / seconds(lambda: a @ b)
-big = torch.randn(2 ** 30 if gpu else 2 ** 26, device=device)
-copy = 8 * big.numel() / seconds(lambda: big.clone())
-print(f"matrix product {peak / 1e12:.1f} TFLOP/s bf16, copy {copy / 1e9:.0f} GB/s read + written")
-del a, b, big
-
-
-def line(name, images, step, flops=0.0):
-    if gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    one = seconds(step)
-    memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:5.1f} GiB" if gpu else ""
-    share = f"{flops / one / peak:6.1%} of the matrix product" if flops else ""
-    print(f"{name:64s} {images / one:8.1f} img/s  {one * 1000:8.1f} ms  {memory}  {share}  {graphs}",
-          flush=True)
+def matrix_product():
+    """FLOP/s of a large matrix product, in the type that autocast takes here."""
+    side = 8192 if GPU else 1024
+    a, b = torch.randn(2, side, side, device=DEVICE)
+    with autocast(DEVICE):
+        kind = (a @ b).dtype
+    a, b = a.to(kind), b.to(kind)
+    return 2 * side ** 3 / seconds(lambda: a @ b, warm=3, steps=10, runs=5)
 
 
 def flops_of(step):
+    """The FLOPs PyTorch counts in one step, which must not be compiled."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
-def stage1(name, batch, kind, layout, fast, virtual):
-    backbone = Recogniser(FRConfig()).to(device, memory_format=layout).train()
-    prototypes = Prototypes(10_572, virtual, 512).to(device)
-    parameters = [*backbone.parameters(), *prototypes.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=True)
-    x = torch.randn(batch, 3, 112, 112, device=device)
-    labels = torch.randint(10_572, (batch,), device=device)
-    handle = torch.compile(backbone) if fast else backbone
+def measure(name, images, step, flops, warm=6 if GPU else 0, steps=8 if GPU else 1, runs=5 if GPU else 2):
+    """Prints the line of a network whose step takes so many images and FLOPs."""
+    if GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    graphs = lambda: counters["stats"]["unique_graphs"]
+    before = graphs()
+    for _ in range(warm):
+        step()
+    ready = graphs()
+    one = seconds(step, 0, steps, runs)
+    memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:6.1f} GiB" if GPU else ""
+    print(f"{name:60s} {images / one:9.1f} img/s {1000 * one:9.1f} ms "
+          f"{flops / one / PEAK:7.1%} of the product{memory}, {ready - before} + {graphs() - ready} graphs",
+          flush=True)
 
-    def step(handle=handle):
-        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
-            f = handle(x)
-        sum(vigface_loss(f, labels, prototypes, virtual * batch // 10_572)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 5)
+
+def fast(net):
+    """The network as the trainers run it: compiled on a GPU."""
+    return compiled(net, DEVICE, 10 ** 9 if GPU else 0)
+
+
+def recogniser(batch, virtual, eager=None):
+    """A training step of IR-SE50, as fr_train.py does it; or NCHW, not compiled, autocast to `eager`."""
+    layout = torch.contiguous_format if eager else torch.channels_last
+    backbone = Recogniser().to(DEVICE, memory_format=layout)
+    prototypes = Prototypes(PEOPLE, virtual, 512).to(DEVICE)
+    optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
+    x = torch.randn(batch, 3, 112, 112, device=DEVICE).clamp(-1, 1)
+    labels = torch.randint(PEOPLE, (batch,), device=DEVICE)
+    b_virtual = virtual_batch_size(0, virtual, batch, PEOPLE)
+    plain = lambda: torch.autocast(DEVICE.type, eager, enabled=eager != torch.float32)
+
+    def step(net):
+        with plain() if eager else autocast(DEVICE):
+            f = net(augment(x))
+        sum(vigface_loss(f, labels, prototypes, b_virtual)).backward()
+        torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    line(name, batch, step, flops_of(lambda: step(backbone)) if kind != torch.float32 else 0)
+    net = backbone if eager else fast(backbone)
+    how = f"eager {str(eager).removeprefix('torch.')} NCHW" if eager else "ours"
+    measure(f"IR-SE50 training, {virtual:,} virtual, {how}, batch {batch}", batch,
+            lambda: step(net), flops_of(lambda: step(backbone)))
 
 
-def stage2(arch, batch):
+def transformer(arch, batch):
+    """A training step of a DiT with the identity loss, as dit_train.py does it."""
     size, patch = arch.split("/")
-    dit = DiT(DiTConfig(patch=int(patch), **DIT_SIZES[size])).to(device)
-    backbone = Recogniser(FRConfig()).eval().requires_grad_(False)
-    backbone.to(device, memory_format=torch.channels_last)
+    dit = DiT(patch=int(patch), **DIT_SIZES[size]).to(DEVICE)
+    average = copy.deepcopy(dit).requires_grad_(False)
+    backbone = Recogniser().eval().requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(dit.parameters(), fused=True)
-    x, landmarks = torch.randn(batch, 3, 112, 112, device=device), torch.rand(batch, 5, 2, device=device)
-    w = torch.nn.functional.normalize(torch.randn(batch, 512, device=device))
-    sigma2 = torch.full((512,), 1e-3, device=device)
-    fast, fast_backbone = (torch.compile(dit), torch.compile(backbone)) if gpu else (dit, backbone)
+    x = torch.randn(batch, 3, 112, 112, device=DEVICE).clamp(-1, 1)
+    landmarks = torch.rand(batch, 5, 2, device=DEVICE)
+    w = F.normalize(torch.randn(batch, 512, device=DEVICE))
+    sigma2 = torch.full((512,), 1e-3, device=DEVICE)
 
-    def step(fast=fast, fast_backbone=fast_backbone):
-        with torch.autocast(device.type, torch.bfloat16):
-            v_loss, identity_loss = dit_loss(fast, fast_backbone, x, w, landmarks, sigma2)
+    def step(dit_handle, backbone_handle):
+        images, points = mirror(x, landmarks)
+        with autocast(DEVICE):
+            v_loss, identity_loss = dit_loss(dit_handle, backbone_handle, images, w, points, sigma2)
         (v_loss + 0.05 * identity_loss).backward()
+        torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    name = f"stage 2, DiT-{arch} + identity loss, batch {batch}"
-    line(name, batch, step, flops_of(lambda: step(dit, backbone)))
-
-    def draw(steps, fast=fast, audit=False, interval=(0.0, 1.0)):
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            images = to_uint8(dpm_solver(guided(fast, w, landmarks, 1.5, interval), x, steps))
-        return embed(backbone, images, batch) if audit else images
-    dit.eval().requires_grad_(False)
-    all_the_time = (0.0, 1.0)
-    runs = ((12, False, all_the_time), (20, False, all_the_time), (20, True, all_the_time),
-            (20, True, (0.2, 0.8)), (50, False, all_the_time)) if gpu else ((1, True, all_the_time),)
-    for steps, audit, interval in runs:
-        one = seconds(lambda: draw(steps, audit=audit, interval=interval), warm=1, steps=1, runs=3)
-        flops = flops_of(lambda: draw(steps, dit, audit, interval))
-        name = f"sampling, DiT-{arch}, {steps} steps, guided in {interval}" + ", cosines" * audit
-        print(f"{name:64s} {batch / one:8.1f} img/s  {one * 1000:8.1f} ms              "
-              f"{flops / one / peak:6.1%} of the matrix product  {graphs}", flush=True)
+        torch._foreach_lerp_([*average.parameters()], [*dit.parameters()], 1e-4)
+    handles = fast(dit), fast(backbone)
+    measure(f"DiT-{arch} training, identity loss, batch {batch}", batch,
+            lambda: step(*handles), flops_of(lambda: step(dit, backbone)))
 
 
-if gpu:
-    cl, nchw = torch.channels_last, torch.contiguous_format
-    stage1("stage 1, eager fp32 NCHW, batch 256", 256, torch.float32, nchw, False, 0)
-    stage1("stage 1, eager fp16 autocast NCHW, batch 256", 256, torch.float16, nchw, False, 0)
-    stage1("stage 1, ours: bf16, channels_last, compile, batch 256", 256, torch.bfloat16, cl, True, 0)
-    stage1("stage 1, ours, 120K virtual prototypes, batch 256", 256, torch.bfloat16, cl, True, 120_000)
-    for arch in ("S/8", "B/8", "B/4"):
-        stage2(arch, 256 if arch != "B/4" else 64)
-else:
-    cl, nchw = torch.channels_last, torch.contiguous_format
-    stage1("stage 1, eager fp32 NCHW, batch 8", 8, torch.float32, nchw, False, 0)
-    stage1("stage 1, ours but eager: bf16, channels_last, batch 8", 8, torch.bfloat16, cl, False, 0)
-    stage1("stage 1, ours: bf16, channels_last, compile, batch 8", 8, torch.bfloat16, cl, True, 0)
-    stage2("B/8", 8)
+def sampling(arch, batch, batches, virtual, steps, guidance):
+    """sample.py's own loop, noise to JPEG files, with a cosine to every prototype; no picture is rejected."""
+    size, patch = arch.split("/")
+    with tempfile.TemporaryDirectory() as folder:
+        fr, prototypes = Recogniser(), Prototypes(PEOPLE, virtual, 512)
+        dit = DiT(patch=int(patch), **DIT_SIZES[size])
+        tensors = {f"backbone.{name}": t for name, t in fr.state_dict().items()}
+        tensors |= {f"prototypes.{name}": t for name, t in prototypes.state_dict().items()}
+        save_model(f"{folder}/fr", "fr", fr.config, tensors, data=[], val=[], free=False, step=1, steps=1,
+                   names=[f"p{i}" for i in range(PEOPLE)])
+        tensors = {f"dit.{name}": t for name, t in dit.state_dict().items()}
+        tensors |= {"poses.landmarks": torch.rand(1000, 5, 2), "poses.rows": torch.zeros(1000).long()}
+        save_model(f"{folder}/dit", "dit", dit.config, tensors, fr=f"{folder}/fr", step=1, steps=1,
+                   fr_sha256=digest(f"{folder}/fr"), strangers=0.5, own=0.5)
+        args = sample.parser.parse_args(f"--dit {folder}/dit --steps {steps} --guidance {guidance} "
+                                        f"--batch {batch} --max-real 2".split())
+        artist = sample.Artist(args, DEVICE)
+        net = fast(artist.dit)
+        sample.compiled = lambda *_: net                                # compiled once, not in every run
+
+        def step(count=batches):
+            wanted = {PEOPLE + person: batch for person in range(count)}
+            sample.draw_people(artist, wanted, Path(folder) / "set")
+            assert len([*Path(folder).glob("set/*/*.jpg")]) >= count * batch
+
+        def one_batch():
+            jobs = [(PEOPLE, index, 0, index) for index in range(batch)]
+            artist.judge(jobs, artist.draw(artist.dit, jobs, artist.noise(jobs)))
+        flops = batches * flops_of(one_batch)
+        if GPU:
+            step(1)                                                     # compiles; later runs do not
+        measure(f"DiT-{arch} sampling, {steps} steps, guidance {guidance}, {batches} x {batch} files",
+                batch * batches, step, flops, warm=0, steps=1, runs=3 if GPU else 1)
+
+
+def loading(batch, count=4000):
+    """Decoding JPEG files of 112 pixels by the loader's workers, images a second after the first batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        who, how = (torch.rand(20, sum(numbers.values())) for numbers in (PERSON, PICTURE))
+        drawn, _ = draw_faces(who, how, 112)
+        for i in range(count):
+            path = Path(folder) / f"p{i // 20}/{i % 20}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            to_pil_image(drawn[i % 20]).save(path, quality=95)
+        faces = Faces([folder], memory=0)
+        batches = faces.loader(torch.randperm(count).repeat(5 if GPU else 1).split(batch))
+        next(batches)
+        start = time.perf_counter()
+        rate = sum(len(images) for images, _ in batches) / (time.perf_counter() - start)
+        print(f"{f'loading JPEG files, {processors()} workers, batch {batch}':60s} {rate:9.1f} img/s")
+
+
+def clean(function, *arguments):
+    """Runs one of the above with a compiler and a memory that know nothing of the one before."""
+    torch.manual_seed(0)
+    function(*arguments)
+    torch._dynamo.reset()
+    gc.collect()
+
+
+if __name__ == "__main__":
+    PEAK = matrix_product()
+    print(f"{torch.cuda.get_device_name() if GPU else 'CPU'}, {processors()} processors, torch "
+          f"{torch.__version__}; the matrix product: {PEAK / 1e12:.2f} TFLOP/s")
+    for virtual in (0, PEOPLE, 120_000) if GPU else (0, PEOPLE):
+        for eager in (None, torch.float16, torch.bfloat16) if GPU else (None, torch.float32):
+            clean(recogniser, 512 if GPU else 4, virtual, eager)
+    for arch in ("S/8", "B/8"):
+        clean(transformer, arch, 256 if GPU else 2)
+    for steps, guidance in ((10, 1.0), (20, 2.0)) if GPU else ((2, 1.0), (2, 2.0)):
+        if GPU:
+            clean(sampling, "B/8", 256, 40, 120_000, steps, guidance)
+        else:
+            clean(sampling, "B/8", 4, 2, PEOPLE, steps, guidance)
+    clean(loading, 512 if GPU else 128)
