@@ -207,6 +207,16 @@ def test_virtual_batch_has_the_paper_s_size_on_average():
         assert sum(sizes) == 50 * k * b_real // n and all(abs(size - k * b_real / n) < 1 for size in sizes)
 
 
+def test_augmentations_change_as_many_images_as_asked():
+    x = torch.rand(600, 3, 32, 32) * 1.8 - 0.9
+    same = lambda one, other: (one == other).flatten(1).all(1)
+    for p, low, high in ((0, 1, 1), (0.2, 0.42, 0.6)):                          # 0.8^3 = 0.512
+        augmented = fr_train.augment(x, p)
+        plain, mirrored = same(augmented, x), same(augmented, x.flip(3))
+        assert low <= (plain | mirrored).float().mean() <= high and augmented.abs().max() <= 1
+        assert 0.4 < plain.sum() / (plain | mirrored).sum() < 0.6
+
+
 def test_prototypes_that_coincide_are_said_loudly(capsys):
     W = F.normalize(torch.randn(300, 64))
     for coincide in (0, 10):
@@ -224,8 +234,6 @@ def test_a_fresh_dit_predicts_zero_and_its_parts_are_what_they_say():
     dit = model.DiT(32, 64, 4, width=64, depth=2, heads=1)
     v = dit(torch.randn(2, 3, 32, 32), torch.rand(2), torch.randn(2, 64), torch.rand(2, 5, 2))
     assert v.shape == (2, 3, 32, 32) and not v.any()
-    q, k, v = torch.randn(3, 2, 4, 9, 16)
-    assert torch.allclose(model.attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-6)
     image = model.landmark_image(torch.tensor([[[.2, .2], [.8, .2], [.5, .5], [.2, .8], [.8, .8]]]), 50)[0]
     assert image[:, [10, 10, 25, 40, 40], [10, 40, 25, 10, 40]].argmax(0).tolist() == [0, 0, 1, 2, 2]
     assert image.mean() < 0.05                                              # eyes red, nose green, mouth blue
