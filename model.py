@@ -146,13 +146,14 @@ class Prototypes(nn.Module):
         self.register_buffer("norm_std", torch.tensor(100.0))           # published before the first step
 
     def unit(self):
-        """All prototypes on the unit sphere, (n + k, D), real ones first; paper: virtual ones v free; here
-        (unless `free`): L v, L L^T the real ones' second moment, because free ones go where no face is."""
+        """All prototypes on the unit sphere, (n + k, D), real ones first.
+
+        paper: virtual prototypes are free vectors; here (unless `free`): seen through the second moment M of
+        the real ones, held fixed, because free ones go where no face is, and nobody can be drawn there.
+        """
         real, virtual = F.normalize(self.real), self.virtual
         if not self.free:
-            M = real.detach().T @ real.detach() / len(real)                     # (D, D)
-            floor = 1e-4 * M.diagonal().mean() * torch.eye(len(M), device=M.device)
-            virtual = virtual @ torch.linalg.cholesky_ex(M + floor).L.T
+            virtual = virtual @ (real.T @ real).detach()
         return torch.cat([real, F.normalize(virtual)])
 
 

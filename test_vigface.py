@@ -170,18 +170,18 @@ def test_quality_head_learns_the_cr_fiqa_ratio_and_disturbs_nothing():
     assert f.grad is None and prototypes.real.grad is None and prototypes.quality.weight.grad.abs().sum() > 0
 
 
-def test_virtual_prototypes_spread_as_real_ones_do():
-    """They have the second moment of real ones, though the numbers behind them are isotropic."""
-    n, k, dim = 3000, 6000, 64
+def test_virtual_prototypes_lie_where_real_ones_do():
+    """In the directions that hold 99 % of the real ones' length, and spread over all of these."""
+    n, k, dim, used = 3000, 2000, 64, 20
     prototypes, free = model.Prototypes(n, k, dim), model.Prototypes(n, k, dim, free=True)
+    axes = torch.linalg.qr(torch.randn(dim, dim))[0]
     with torch.no_grad():
-        mixing = torch.linspace(1.5, 0.1, dim)[:, None] * torch.linalg.qr(torch.randn(dim, dim))[0]
-        prototypes.real.copy_(torch.randn(n, dim) @ mixing)
+        prototypes.real.copy_(torch.randn(n, dim) * torch.tensor([1.] * used + [.02] * (dim - used)) @ axes.T)
     W = prototypes.unit().detach()
-    isotropic = F.normalize(prototypes.virtual.detach())
-    real, virtual, isotropic = (w.T @ w / len(w) for w in (W[:n], W[n:], isotropic))
     assert torch.allclose(W.norm(dim=1), torch.ones(n + k), atol=1e-5)
-    assert (real - virtual).norm() < 0.1 * real.norm() < 0.25 * (real - isotropic).norm()
+    length = (W[n:] @ axes).square().mean(0)                                    # along each axis
+    assert length[:used].sum() > 0.99 and length[:used].min() > 0.8 / used
+    assert (free.unit()[n:] @ axes[:, :used]).square().sum(1).mean() < 0.4
     assert torch.equal(free.unit()[n:], F.normalize(free.virtual))              # the paper's: left alone
 
 
