@@ -68,13 +68,13 @@ BUMPS = torch.tensor([          # u, v, width, height, mean and spread of how fa
     # above: tip of the nose, its bridge, chin; below: forehead, cheeks, jaw
     (0, -.34, .50, .10, .04, .04), (.48, .20, .22, .20, 0, .08), (.68, .58, .25, .25, -.02, .12)])
 SPOTS = [               # u, v, width, height, how they vary, opened by mouth, by lids; share of skin, of hair
-    (0, -.45, .40, .15, .3, 0, 0, .8, 0), (.54, .30, .26, .20, .3, 0, 0, .8, 0),            # forehead, cheeks
     (0, .76, .50, .25, .3, 0, 0, .4, .5), (.43, -.37, .20, .04, .05, 0, 0, 0, .7),          # beard, brows
     (0, .52, .31, .07, .05, .6, 0, .75, 0), (0, .51, .27, .02, .05, .9, 0, .2, 0),          # lips, mouth
     (.40, -.18, .17, .09, .05, 0, .3, .3, 0), (.40, -.16, .15, .07, .05, 0, .3, 1, 0),      # lashes, eyes
-    (.40, -.16, .05, .05, .02, 0, .2, .1, 0), *[(0, .1, .06, .04, .7, 0, 0, .6, 0)] * 6]    # irises, marks
+    (.40, -.16, .05, .05, .02, 0, .2, .1, 0), *[(0, .1, .06, .04, .7, 0, 0, .6, 0)] * 5]    # irises, marks
 LANDMARKS = torch.tensor([(-.39, -.16, .9), (.39, -.16, .9), (0, .19, 1), (-.26, .51, .8), (.26, .51, .8)])
-PERSON = dict(radii=3, bumps=len(BUMPS), skin=4, hair=3, hairline=3, spots=8 * len(SPOTS))  # numbers of each
+WAVES = torch.tensor([(k, l, m) for k in (1.5, 3.5) for l in (1.5, 3.5) for m in (0, 1.57)])    # of colour
+PERSON = dict(radii=3, bumps=len(BUMPS), waves=24, skin=4, hair=3, hairline=3, spots=8 * len(SPOTS))
 PICTURE = dict(turn=2, expression=2, crop=10, light=3, tint=3, scene=9)
 
 
@@ -85,11 +85,13 @@ def swell(bumps, place):
     return 1 + ((mean + spread * bumps) * torch.exp(-distance)).sum(1, keepdim=True)
 
 
-def paint(place, pixel, expression, skin, hair, hairline, spots):
+def paint(place, pixel, expression, waves, skin, hair, hairline, spots):
     """Colours (B, 3, P) of places (B, 3, P) of the head; edges are one `pixel` (1 is its radius) wide."""
     right, down, ahead = place.split(1, 1)
     angle = torch.atan2(right, ahead)                                   # beyond a quarter turn is behind
-    canvas = skin = torch.tensor([.63, .45, .36])[:, None] + .28 * skin[:, :1] + .08 * skin[:, 1:]
+    skin = torch.tensor([.63, .45, .36])[:, None] + .28 * skin[:, :1] + .08 * skin[:, 1:]
+    k, l, m = WAVES.T[..., None]
+    canvas = skin + .06 * waves.view(-1, 3, 8) @ ((k * right).cos() * (l * down + m).cos())
     hair = .33 + .31 * hair
     for spot, numbers in zip(SPOTS, spots.split(8, 1)):
         u, v, width, height, vary, by_mouth, by_lids, of_skin, of_hair = spot
