@@ -91,7 +91,7 @@ def paint(place, pixel, expression, waves, skin, hair, hairline, spots):
     angle = torch.atan2(right, ahead)                                   # beyond a quarter turn is behind
     skin = torch.tensor([.63, .45, .36])[:, None] + .28 * skin[:, :1] + .08 * skin[:, 1:]
     k, l, m = WAVES.T[..., None]
-    canvas = skin + .06 * waves.view(-1, 3, 8) @ ((k * right).cos() * (l * down + m).cos())
+    canvas = skin + .1 * waves.view(-1, 3, 8) @ ((k * right).cos() * (l * down + m).cos())
     hair = .33 + .31 * hair
     for spot, numbers in zip(SPOTS, spots.split(8, 1)):
         u, v, width, height, vary, by_mouth, by_lids, of_skin, of_hair = spot
@@ -118,7 +118,7 @@ def draw_faces(identity, nuisance, size):
     # Five landmarks on the surface, and the similarity that carries them to the aligned crop, a little off.
     points = F.normalize(LANDMARKS).T[None]                                                 # (1, 3, 5)
     points = (turn.mT @ (points * radii * swell(bumps, points)))[:, :2].mT                  # (B, 5, 2)
-    scale, shift = similarity(points, TEMPLATE + .045 * crop.view(B, 5, 2))
+    scale, shift = similarity(points, TEMPLATE + .035 * crop.view(B, 5, 2))
 
     # Cast every pixel's ray a + b z onto the surface |a + b z| = radius(place), by fixed-point iteration.
     grid = (torch.arange(size) + .5) / size
