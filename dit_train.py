@@ -28,7 +28,7 @@ flag("--data", nargs="+", metavar="DIR", help="image folders (default: those of 
 flag("--out", default="runs/dit", metavar="DIR", help="run folder (default: %(default)s)")
 flag("--arch", choices=[f"{size}/{patch}" for size in DIT_SIZES for patch in (4, 8)], metavar="SIZE/PATCH",
      help=f"{', '.join(DIT_SIZES)} with patches of 4 or 8 pixels (default: Ti/4 up to 64 pixels, B/8 above)")
-flag("--steps", type=int, help="training steps (default: 1,200 for Ti, 200,000 for others)")
+flag("--steps", type=int, help="training steps (default: 1,000 for Ti, 200,000 for others)")
 flag("--batch", type=int, help="images per step (default: 64 for Ti, 256 for others)")
 flag("--weights", metavar="PATH", help="RetinaFace's, where landmarks are missing (default: fetched)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -42,11 +42,10 @@ def mirror(x, landmarks):
 
 
 @torch.no_grad()
-def preview(path, dit, backbone, W, real, landmarks, seed, rows=4, columns=8):
-    """Draws people of prototypes W, first the `real` ones; returns both kinds' mean cosine to their own."""
+def preview(path, dit, backbone, W, n, landmarks, seed, rows=4, columns=8):
+    """Draws people of prototypes W, the first n real; returns both kinds' mean cosine to their own."""
     generator = torch.Generator().manual_seed(seed)
-    kinds = W[:len(real)], W[len(real):] if len(W) > len(real) else W
-    some = [kind[torch.linspace(0, len(kind) - 1, rows).long()] for kind in kinds]
+    some = [kind[torch.linspace(0, len(kind) - 1, rows).long()] for kind in (W[:n], W[n - len(W):])]
     w = torch.cat(some).repeat_interleave(columns, 0)
     pose = landmarks[torch.randint(len(landmarks), (columns,), generator=generator)].repeat(2 * rows, 1, 1)
     noise = torch.randn(len(w), 3, dit.size, dit.size, generator=generator).to(W.device)
@@ -69,7 +68,7 @@ def main():
     size, patch = args.arch.split("/")
     if faces.size % int(patch):
         fail(f"--arch {args.arch}: {faces.size} pixels are not whole patches of {patch}; give {size}/4")
-    steps, batch, lr = (1200, 64, 1e-3) if size == "Ti" else (200_000, 256, 2e-4)       # paper: not given
+    steps, batch, lr = (1000, 64, 1e-3) if size == "Ti" else (200_000, 256, 2e-4)       # paper: not given
     steps, batch = args.steps or steps, min(args.batch or batch, len(faces))
     every = max(1, min(5000, steps // 8))
 
@@ -109,7 +108,7 @@ def main():
             count = step % every + 1                                    # steps since the last line
             v_mean, identity_mean = stop_unless_finite((losses / count).tolist(), step + 1, out)
             speed = batch * count / (time.time() - last_time)
-            real, virtual = preview(out / f"preview-{step + 1:06d}.jpg", average, backbone, W, fr["names"],
+            real, virtual = preview(out / f"preview-{step + 1:06d}.jpg", average, backbone, W, len(row_of),
                                     faces.landmarks, args.seed)
             poses = {"landmarks": faces.landmarks, "rows": rows.cpu()[faces.labels]}
             save_model(out, "dit", average.config, {"dit": average.state_dict(), "poses": poses}, fr=args.fr,

@@ -146,11 +146,8 @@ class Prototypes(nn.Module):
         self.register_buffer("norm_std", torch.tensor(100.0))           # published before the first step
 
     def unit(self):
-        """All prototypes on the unit sphere, (n + k, D), real ones first.
-
-        paper: virtual prototypes are free vectors; here (unless `free`): seen through the second moment M of
-        the real ones, held fixed, because free ones go where no face is, and nobody can be drawn there.
-        """
+        """All prototypes on the unit sphere, (n + k, D), real ones first; paper: virtual ones free; here, but
+        with `free`: seen through the real ones' second moment, because free ones go where no face is."""
         real, virtual = F.normalize(self.real), self.virtual
         if not self.free:
             virtual = virtual @ (real.T @ real).detach()
@@ -279,8 +276,10 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)    # (B, 1, C)
         h = self.qkv(modulated(x, shift1, scale1))                              # (B, N, 3 C)
         q, k, v = h.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (B, heads, N, C/heads)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
-        x = x + gate1 * self.out(h)
+        # softmax(q k^T / sqrt(d)) v; written out where it trains a third faster so, on a CPU
+        h = F.scaled_dot_product_attention(q, k, v) if q.is_cuda else (
+            (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v)
+        x = x + gate1 * self.out(h.transpose(1, 2).flatten(2))                  # (B, N, C)
         return x + gate2 * self.mlp(modulated(x, shift2, scale2))
 
 
@@ -567,6 +566,5 @@ def resume(path, settings, modules):
 
 def stop_unless_finite(losses, step, out):
     """Mean losses, a list of floats; ends the run if they are no numbers. Its last checkpoint stays."""
-    if not all(map(math.isfinite, losses)):
-        fail(f"{out}: the loss is {losses} at step {step}; the last checkpoint is kept; lower --lr")
-    return losses
+    return losses if all(map(math.isfinite, losses)) else fail(
+        f"{out}: the loss is {losses} at step {step}; the last checkpoint is kept; lower --lr")

@@ -15,11 +15,13 @@ train() {                                       # OUT EPOCHS DATA...: a recognis
 python "$home/fr_train.py" --data "$faces" --val $benchmarks --size $size --epochs 8
 python "$home/dit_train.py" $dit
 python "$home/sample.py" --virtual 3000 --per-id 8
-python "$home/sample.py" --real-to 6
 for seed in $seeds; do
     train runs/fr-real-$seed 8 "$faces"
     train runs/fr-virtual-$seed 8 runs/virtual
     train runs/fr-both-$seed 4 "$faces" runs/virtual
+done
+python "$home/sample.py" --real-to 6
+for seed in $seeds; do
     train runs/fr-filled-$seed 4 "$faces" runs/real-aug
     train runs/fr-all-$seed 3 "$faces" runs/virtual runs/real-aug
 done
