@@ -36,9 +36,13 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 
 
+THREADS = torch.get_num_threads()
+
+
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)                                              # data.align sets one
 
 
 def here(name, *args, cwd, code=0, env={}):
