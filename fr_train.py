@@ -35,7 +35,7 @@ flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 f
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
-# Epochs, batch, scale of the margin loss: at 64, as published, people of the tiny network fall together.
+# Epochs, batch, scale of the margin loss: at 64, as published, the tiny network cannot keep the margin.
 RECIPES = {"tiny": (10, 128, 32.0), "ir_se50": (26, 512, 64.0)}
 
 
