@@ -36,8 +36,8 @@ flag = parser.add_argument
 flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (default: %(default)s)")
 flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
 flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
-flag("--virtual", type=int, default=300, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
-flag("--per-id", type=int, default=8, help="pictures of each (default: %(default)s)")
+flag("--virtual", type=int, default=600, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
+flag("--per-id", type=int, default=4, help="pictures of each (default: %(default)s)")
 flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
 flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
@@ -171,8 +171,9 @@ def finish(artist, wanted, out):
     poses = artist.dit.size * artist.landmarks[[int(row["landmarks_from"]) for row in accepted]]
     write_landmarks(out / "landmarks.csv", zip((row["file"] for row in accepted), poses))
     pictures = [sorted(file.parent.glob("*.jpg")) for file in people[:8]]
-    grid = [read_image(person[i * len(person) // 8]) for person in pictures if person for i in range(8)]
-    replace_file(out / "grid.jpg", lambda path: save_image(torch.stack(grid) / 255, path, "JPEG", nrow=8))
+    width = min(8, max(map(len, pictures)))
+    grid = [read_image(some[i * len(some) // width]) for some in pictures if some for i in range(width)]
+    replace_file(out / "grid.jpg", lambda path: save_image(torch.stack(grid) / 255, path, "JPEG", nrow=width))
     write_csv(out / "manifest.csv", COLUMNS, (row.values() for row in rows))
     mean = lambda column: sum(float(row[column]) for row in accepted) / len(accepted)
     loud = "WARNING: over half was rejected; " if len(rows) > 2 * len(accepted) else ""

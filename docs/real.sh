@@ -14,7 +14,7 @@ train() {                                       # OUT EPOCHS DATA...: a recognis
 }
 python "$home/fr_train.py" --data "$faces" --val $benchmarks --size $size --epochs 8
 python "$home/dit_train.py" $dit
-python "$home/sample.py" --virtual 3000 --per-id 8
+python "$home/sample.py" --virtual 6000 --per-id 4
 for seed in $seeds; do
     train runs/fr-real-$seed 8 "$faces"
     train runs/fr-virtual-$seed 8 runs/virtual
