@@ -28,7 +28,7 @@ flag("--data", nargs="+", metavar="DIR", help="image folders (default: those of 
 flag("--out", default="runs/dit", metavar="DIR", help="run folder (default: %(default)s)")
 flag("--arch", choices=[f"{size}/{patch}" for size in DIT_SIZES for patch in (4, 8)], metavar="SIZE/PATCH",
      help=f"{', '.join(DIT_SIZES)} with patches of 4 or 8 pixels (default: Ti/4 up to 64 pixels, B/8 above)")
-flag("--steps", type=int, help="training steps (default: 1,500 for Ti, 200,000 for others)")
+flag("--steps", type=int, help="training steps (default: 1,300 for Ti, 200,000 for others)")
 flag("--batch", type=int, help="images per step (default: 32 for Ti, 256 for others)")
 flag("--weights", metavar="PATH", help="RetinaFace's, where landmarks are missing (default: fetched)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -68,9 +68,9 @@ def main():
     size, patch = args.arch.split("/")
     if faces.size % int(patch):
         fail(f"--arch {args.arch}: {faces.size} pixels are not whole patches of {patch}; give {size}/4")
-    steps, batch, lr = (1500, 32, 1e-3) if size == "Ti" else (200_000, 256, 2e-4)       # paper: not given
+    steps, batch, lr = (1300, 32, 1e-3) if size == "Ti" else (200_000, 256, 2e-4)       # paper: not given
     steps, batch = args.steps or steps, min(args.batch or batch, len(faces))
-    every = max(1, min(5000, steps // 6))
+    every = min(5000, -(-steps // 6))
 
     torch.manual_seed(args.seed)
     dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[size]).to(DEVICE)
