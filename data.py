@@ -178,8 +178,9 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
     generator, temporary = torch.Generator().manual_seed(0), Path(f"{root}.tmp")
     who = torch.rand(people + held_out, 1, sum(PERSON.values()), generator=generator)
     how = torch.rand(len(who), per_person, sum(PICTURE.values()), generator=generator)
-    drawn = [draw_faces(*pair, size) for pair in zip(tqdm(who, "drawing people", leave=False), how)]
-    images, landmarks = map(torch.stack, zip(*drawn))                           # (I, P, ...), P of I people
+    some = zip(who.expand(-1, per_person, -1).flatten(0, 1).split(80), how.flatten(0, 1).split(80))
+    drawn = [draw_faces(*batch, size) for batch in tqdm([*some], "drawing people", leave=False)]
+    images, landmarks = (torch.cat(parts).unflatten(0, (-1, per_person)) for parts in zip(*drawn))
     # The sensor's noise is 1 % of the brightest.
     images = (255 * images + 2.5 * torch.randn(images.shape, generator=generator)).clamp(0, 255).byte()
     names = [f"p{person:04d}/{i:04d}.png" for person in range(people) for i in range(per_person)]

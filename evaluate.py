@@ -223,8 +223,7 @@ def main():
     datasets = drawn if args.datasets is None else args.datasets
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
-    paths = {Path(path).stem: path for path in args.pairs or meta["val"]}
-    models, text = verify(recognisers, paths)
+    models, text = verify(recognisers, {Path(path).stem: path for path in args.pairs or meta["val"]})
     report = {"judge": folders[0], "models": models, "datasets": {}}
     leaks, out = [], Path(args.out)
 

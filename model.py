@@ -57,11 +57,13 @@ def autocast(device):
 
 
 def compiled(module, device, images):
-    """A second, compiled handle of `module`; itself without a compiler, or if `images` are few on a CPU."""
+    """A compiled handle of `module`; itself if its blocks were, without a compiler, or for few `images`."""
     try:
         if device.type != "cpu" or images >= 30_000:
             torch.compile(torch.sin)(torch.ones(8, device=device))
-            return torch.compile(module)
+            for block in (blocks := getattr(module, "blocks", [])):
+                block.compile()                     # a DiT's are alike: one graph, in half the time
+            return module if blocks else torch.compile(module)
     except Exception as error:
         print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
     return module
@@ -188,9 +190,8 @@ def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
 def quality_loss(f, cos, labels, prototypes):
     """CR-FIQA's regression of own cosine / (nearest other + 1 + eps) from detached f (B, D); cos (B, n)."""
     with torch.no_grad():
-        own = cos.gather(1, labels[:, None])
         other = cos.scatter(1, labels[:, None], -2).amax(1, keepdim=True)
-        target = own / (other + 1 + 1e-9)                                       # (B, 1)
+        target = cos.gather(1, labels[:, None]) / (other + 1 + 1e-9)                # (B, 1)
     return F.smooth_l1_loss(prototypes.quality(f.detach()), target, beta=0.5)
 
 

@@ -13,7 +13,6 @@ import argparse
 import collections
 import csv
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -140,7 +139,7 @@ def draw_people(artist, wanted, out):
         while writing:
             writing.pop().result()                                      # raises what went wrong in the thread
         jobs = [again.popleft() for _ in range(min(len(again), args.batch))]
-        jobs += itertools.islice(first, args.batch - len(jobs))
+        jobs += [job for _, job in zip(range(args.batch - len(jobs)), first)]
         return jobs, pool.submit(artist.noise, jobs)
     with ThreadPoolExecutor() as pool, tqdm(total=sum(wanted.values()), desc=out.name) as progress:
         jobs, noise = next_batch()
