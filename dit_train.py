@@ -43,9 +43,10 @@ def mirror(x, landmarks):
 
 @torch.no_grad()
 def preview(path, dit, backbone, W, n, landmarks, seed, rows=4, columns=8):
-    """Draws people of prototypes W, the first n real; returns both kinds' mean cosine to their own."""
+    """Draws people of prototypes W, n real ones first; returns both kinds' mean cosine to their own."""
     generator = torch.Generator().manual_seed(seed)
-    some = [kind[torch.linspace(0, len(kind) - 1, rows).long()] for kind in (W[:n], W[n - len(W):])]
+    kinds = W[:n], W[n:] if n < len(W) else W
+    some = [kind[torch.linspace(0, len(kind) - 1, rows).long()] for kind in kinds]
     w = torch.cat(some).repeat_interleave(columns, 0)
     pose = landmarks[torch.randint(len(landmarks), (columns,), generator=generator)].repeat(2 * rows, 1, 1)
     noise = torch.randn(len(w), 3, dit.size, dit.size, generator=generator).to(W.device)

@@ -57,13 +57,11 @@ def autocast(device):
 
 
 def compiled(module, device, images):
-    """A compiled handle of `module`; itself if its blocks were, without a compiler, or for few `images`."""
+    """A second, compiled handle of `module`; itself without a compiler, or if `images` are few on a CPU."""
     try:
         if device.type != "cpu" or images >= 30_000:
             torch.compile(torch.sin)(torch.ones(8, device=device))
-            for block in (blocks := getattr(module, "blocks", [])):
-                block.compile()                     # a DiT's are alike: one graph, in half the time
-            return module if blocks else torch.compile(module)
+            return torch.compile(module)
     except Exception as error:
         print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
     return module

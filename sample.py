@@ -13,6 +13,7 @@ import argparse
 import collections
 import csv
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -139,7 +140,7 @@ def draw_people(artist, wanted, out):
         while writing:
             writing.pop().result()                                      # raises what went wrong in the thread
         jobs = [again.popleft() for _ in range(min(len(again), args.batch))]
-        jobs += [job for _, job in zip(range(args.batch - len(jobs)), first)]
+        jobs += itertools.islice(first, args.batch - len(jobs))
         return jobs, pool.submit(artist.noise, jobs)
     with ThreadPoolExecutor() as pool, tqdm(total=sum(wanted.values()), desc=out.name) as progress:
         jobs, noise = next_batch()
@@ -169,9 +170,9 @@ def finish(artist, wanted, out):
         f"{out}: every picture was rejected; train stage 2 longer, or set --max-real")
     poses = artist.dit.size * artist.landmarks[[int(row["landmarks_from"]) for row in accepted]]
     write_landmarks(out / "landmarks.csv", zip((row["file"] for row in accepted), poses))
-    pictures = [sorted(file.parent.glob("*.jpg")) for file in people[:8]]
+    pictures = [[*some] for _, some in itertools.groupby(accepted, lambda row: row["identity"])][:8]
     width = min(8, max(map(len, pictures)))
-    grid = [read_image(some[i * len(some) // width]) for some in pictures if some for i in range(width)]
+    grid = [read_image(out / some[i * len(some) // width]["file"]) for some in pictures for i in range(width)]
     replace_file(out / "grid.jpg", lambda path: save_image(torch.stack(grid) / 255, path, "JPEG", nrow=width))
     write_csv(out / "manifest.csv", COLUMNS, (row.values() for row in rows))
     mean = lambda column: sum(float(row[column]) for row in accepted) / len(accepted)

@@ -34,8 +34,6 @@ import sample
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
-
-
 THREADS = torch.get_num_threads()
 
 
@@ -794,6 +792,17 @@ def test_pictures_too_near_to_real_people_are_drawn_again_and_left_out_at_last(r
     last = max(i for i, some in enumerate(attempts) if 0 in some)
     assert {len(jobs) for jobs in batches[:last]} == {4} and any({0, 1} <= some for some in attempts)
     assert len(batches) - last <= 2 * 4 + 1                             # four more attempts, a batch behind
+
+
+def test_the_grid_shows_people_who_have_pictures(tmp_path):
+    names = [f"v{i}" for i in range(9)]                                     # all but the last were left out
+    for name, verdict in zip(names, ["leak"] * 8 + ["accepted"]):
+        rows = [[f"{name}/{i}.jpg", name, i, 0, 0, verdict, 1, 0, 1, 0] for i in (0, 1)]
+        image = Image.new("RGB", (9, 9)) if verdict == "accepted" else None
+        sample.write_person(tmp_path / name, rows, {"0.jpg": image, "1.jpg": image})
+    fake = SimpleNamespace(names=names, dit=SimpleNamespace(size=9), landmarks=torch.ones(1, 5, 2), max_real=1)
+    sample.finish(fake, dict.fromkeys(range(9), 2), tmp_path)
+    assert Image.open(tmp_path / "grid.jpg").size == (2 * 11 + 2, 11 + 2)   # two pictures, a line around each
 
 
 KILLER = """import itertools, json, os, runpy, signal, sys, data, evaluate, model

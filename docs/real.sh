@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real faces, all rows of the table: bash docs/real.sh FOLDER FACES "BENCHMARK.bin ..." [SIZE [DIT [SEEDS]]]
-# A recogniser and a DiT are trained on FACES; then, for each seed, five recognisers with one recipe and one number of
+# A recogniser and a DiT are trained on FACES; then, for each seed, five recognisers with one recipe and about as many
 # steps: real only, virtual only, both, real with real-ID fill-up, all. What is finished is not done again.
 set -euo pipefail
 home=$(cd "$(dirname "$0")/.." && pwd)
@@ -20,9 +20,9 @@ for seed in $seeds; do
     train runs/fr-virtual-$seed 8 runs/virtual
     train runs/fr-both-$seed 4 "$faces" runs/virtual
 done
-python "$home/sample.py" --real-to 6
+python "$home/sample.py" --real-to 4
 for seed in $seeds; do
-    train runs/fr-filled-$seed 4 "$faces" runs/real-aug
+    train runs/fr-filled-$seed 5 "$faces" runs/real-aug
     train runs/fr-all-$seed 3 "$faces" runs/virtual runs/real-aug
 done
 python "$home/evaluate.py"
