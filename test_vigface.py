@@ -800,8 +800,8 @@ def test_the_grid_shows_people_who_have_pictures(tmp_path):
         rows = [[f"{name}/{i}.jpg", name, i, 0, 0, verdict, 1, 0, 1, 0] for i in (0, 1)]
         image = Image.new("RGB", (9, 9)) if verdict == "accepted" else None
         sample.write_person(tmp_path / name, rows, {"0.jpg": image, "1.jpg": image})
-    fake = SimpleNamespace(names=names, dit=SimpleNamespace(size=9), landmarks=torch.ones(1, 5, 2), max_real=1)
-    sample.finish(fake, dict.fromkeys(range(9), 2), tmp_path)
+    one = SimpleNamespace(names=names, dit=SimpleNamespace(size=9), landmarks=torch.ones(1, 5, 2), max_real=1)
+    sample.finish(one, dict.fromkeys(range(9), 2), tmp_path)
     assert Image.open(tmp_path / "grid.jpg").size == (2 * 11 + 2, 11 + 2)   # two pictures, a line around each
 
 
