@@ -54,9 +54,9 @@ def verification(distance, same, folds=10):
 # ------------------------------------------------------------------------------- quality and leakage of a set
 
 
-# A dataset as a judge sees it, M images: faces, a `Faces`; f, unit embeddings (M, D); labels (M,); quality,
-# CR-FIQA scores (M,); thumbs (M, 256), see `thumbnails`; index (M,), which of `faces` an image is.
-FaceSet = namedtuple("FaceSet", "faces f labels quality thumbs index")
+# A dataset as a judge sees it, M images: f, unit embeddings (M, D); labels (M,); thumbs (M, 256), see
+# `thumbnails`; quality, CR-FIQA scores (M,); faces, a `Faces`; index (M,), which of `faces` an image is.
+FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=(None, None, None))
 
 
 def thumbnails(images):
@@ -71,7 +71,7 @@ def embed_faces(backbone, prototypes, faces, device, some=None):
     columns = [(embed(backbone, images, unit=False) / 2, thumbnails(images.to(device)), i)
                for images, i in tqdm(faces.loader(order), "embedding", len(order), leave=False)]
     f, thumbs, i = map(torch.cat, zip(*columns))
-    return FaceSet(faces, F.normalize(f), faces.labels[i].to(device), prototypes.quality(f)[:, 0], thumbs, i)
+    return FaceSet(F.normalize(f), faces.labels[i].to(device), thumbs, prototypes.quality(f)[:, 0], faces, i)
 
 
 def nearest(queries, targets, labels=None, target_labels=None):

@@ -27,7 +27,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import read_image, write_csv, write_landmarks, yaw_of
-from evaluate import nearest
+from evaluate import FaceSet, nearest, resemblance, thumbnails
 from model import (DEVICE, DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
                    load_model, load_recogniser, reading, replace_file, run, same_settings, to_uint8)
 
@@ -36,18 +36,18 @@ flag = parser.add_argument
 flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (default: %(default)s)")
 flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
 flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
-flag("--virtual", type=int, default=800, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
+flag("--virtual", type=int, default=1500, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
 flag("--per-id", type=int, default=3, help="pictures of each (default: %(default)s)")
 flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
 flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
-flag("--max-real", type=float, help="highest cosine to a real person (default: that of 99 %% of strangers)")
+flag("--max-real", type=float, help="highest cosine to a real person or image (default: as evaluate.py)")
 flag("--batch", type=int, help="pictures drawn at once (default: 256 on a GPU, 64 on a CPU)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 ATTEMPTS = 5                                                            # draws of a picture at most
 COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict",         # of manifest.csv
-           "cos_own", "cos_nearest_real", "own_is_nearest", "quality"]
+           "cos_own", "cos_nearest_real", "cos_nearest_image", "copy", "own_is_nearest", "quality"]
 
 
 def seeded(*what):
@@ -78,7 +78,10 @@ class Artist:
         self.W, self.n = self.prototypes.unit(), len(self.prototypes.real)
         self.landmarks, self.owners = tensors["poses.landmarks"], tensors["poses.rows"]
         self.names = [*fr["names"], *(f"v{i:06d}" for i in range(len(self.W) - self.n))]
-        self.max_real = min(meta["strangers"], meta["own"]) if args.max_real is None else args.max_real
+        f, labels, thumbs = (tensors[f"real.{name}"].to(device) for name in ("f", "labels", "thumbs"))
+        self.real, self.lines = FaceSet(f.float(), labels, thumbs.float()), meta["lines"]
+        if args.max_real is not None:
+            self.lines |= {"centre": args.max_real, "image": args.max_real}
 
     def noise(self, jobs):
         """Standard normal (batch, 3, S, S), each job's from its own seed; zeros for what jobs are missing."""
@@ -95,14 +98,18 @@ class Artist:
         with autocast(self.device):
             return to_uint8(dpm_solver(denoise, noise.to(self.device, non_blocking=True), self.args.steps))
 
+    @torch.no_grad()
     def judge(self, jobs, images):
-        """Scores (B, 4) of pictures: own cosine, nearest other real person's, is own nearest, quality."""
+        """Whether pictures leak (B,); their scores (B, 6): own cosine, `resemblance` to real people (centre,
+        image, copy), is the own prototype the nearest of all, quality."""
         f = embed(self.backbone, images, len(images), unit=False)[:len(jobs)] / 2
         rows = torch.tensor([row for row, *_ in jobs], device=self.device)
-        unit = F.normalize(f)
-        own = (unit * self.W[rows]).sum(1)
-        real, other = (nearest(unit, prototypes, rows)[0] for prototypes in (self.W[:self.n], self.W))
-        return torch.stack([own, real, own > other, self.prototypes.quality(f)[:, 0]], 1).tolist()
+        drawn = FaceSet(F.normalize(f), rows, thumbnails(images[:len(jobs)]))
+        own, other = (drawn.f * self.W[rows]).sum(1), nearest(drawn.f, self.W, rows)[0]
+        found = {test: similarity for test, (similarity, _) in resemblance(drawn, self.real, rows).items()}
+        leaks = torch.stack([found[test] > self.lines[test] for test in found]).any(0)
+        scores = [own, *found.values(), own > other, self.prototypes.quality(f)[:, 0]]
+        return leaks.tolist(), torch.stack(scores, 1).tolist()
 
     def people(self):
         """{row of the prototypes: number of pictures to draw}; ends the program if there is nobody."""
@@ -129,7 +136,7 @@ def draw_people(artist, wanted, out):
     """Draws and judges pictures of {row: count} people, rejected ones again, and writes them to `out`."""
     # One queue runs over everybody: batches are full. Meanwhile threads make noise and write complete people.
     args, names = artist.args, artist.names
-    dit = compiled(artist.dit, artist.device, 2 * sum(wanted.values()) * args.steps)
+    dit = compiled(artist.dit, artist.device, sum(wanted.values()) * args.steps)
     yaw, by_yaw = yaw_of(artist.landmarks).sort()
     poses_of = lambda row: choose_poses(yaw, by_yaw, wanted[row], seeded(args.seed, names[row]))
     first = ((row, index, 0, pose) for row in wanted for index, pose in enumerate(poses_of(row)))
@@ -147,9 +154,8 @@ def draw_people(artist, wanted, out):
         while jobs:
             images = artist.draw(dit, jobs, noise.result())
             upcoming = next_batch()
-            scores = artist.judge(jobs, images)
-            for (row, index, attempt, pose), image, score in zip(jobs, images.cpu(), scores):
-                leak = score[1] > artist.max_real
+            judged = zip(*artist.judge(jobs, images))
+            for (row, index, attempt, pose), image, (leak, score) in zip(jobs, images.cpu(), judged):
                 rows[row].append([f"{names[row]}/{index:04d}.jpg", names[row], index, attempt, pose,
                                   "leak" if leak else "accepted", *map("{:.4f}".format, score)])
                 if leak and attempt + 1 < ATTEMPTS:
@@ -179,7 +185,7 @@ def finish(artist, wanted, out):
     loud = "WARNING: over half was rejected; " if len(rows) > 2 * len(accepted) else ""
     print(f"{loud}{out}: {len(accepted)} images of {len(wanted)} people, cosine to the own prototype "
           f"{mean('cos_own'):.3f}, the nearest for {mean('own_is_nearest'):.1%}; {len(rows) - len(accepted)} "
-          f"over {artist.max_real:.3f} to a real person, {sum(wanted.values()) - len(accepted)} left out")
+          f"too near a real person, {sum(wanted.values()) - len(accepted)} pictures left out")
 
 
 def main():

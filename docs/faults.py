@@ -30,7 +30,7 @@ torch.manual_seed(seed)
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 bad = []
 stages = {"fr": "fr_train.py --data faces --epochs 100 --batch 32 --out {}/fr",
-          "dit": "dit_train.py --fr whole/fr --steps 20 --batch 8 --preview 4 --out {}/dit",
+          "dit": "dit_train.py --fr whole/fr --steps 20 --batch 8 --out {}/dit",
           "virtual": "sample.py --dit whole/dit --virtual 20 --batch 2 --max-real 2 --out {}/virtual",
           "report": "evaluate.py --fr whole/fr --datasets whole/virtual --out {}/report"}
 

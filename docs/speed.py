@@ -139,19 +139,19 @@ def transformer(arch, batch):
 
 
 def sampling(arch, batch, batches, virtual, steps, guidance):
-    """sample.py's own loop, noise to JPEG files, with a cosine to every prototype; no picture is rejected."""
+    """sample.py's own loop, noise to JPEG files, each compared with 100,000 real faces; none is rejected."""
     size, patch = arch.split("/")
     with tempfile.TemporaryDirectory() as folder:
         fr, prototypes = Recogniser(), Prototypes(PEOPLE, virtual, 512)
         dit = DiT(patch=int(patch), **DIT_SIZES[size])
-        tensors = {f"backbone.{name}": t for name, t in fr.state_dict().items()}
-        tensors |= {f"prototypes.{name}": t for name, t in prototypes.state_dict().items()}
+        tensors = {"backbone": fr.state_dict(), "prototypes": prototypes.state_dict()}
         save_model(f"{folder}/fr", "fr", fr.config, tensors, data=[], val=[], free=False, step=1, steps=1,
                    names=[f"p{i}" for i in range(PEOPLE)])
-        tensors = {f"dit.{name}": t for name, t in dit.state_dict().items()}
-        tensors |= {"poses.landmarks": torch.rand(1000, 5, 2), "poses.rows": torch.zeros(1000).long()}
-        save_model(f"{folder}/dit", "dit", dit.config, tensors, fr=f"{folder}/fr", step=1, steps=1,
-                   fr_sha256=digest(f"{folder}/fr"), strangers=0.5, own=0.5)
+        real = {"f": F.normalize(torch.randn(100_000, 512)).half(), "labels": torch.arange(100_000) % PEOPLE,
+                "thumbs": F.normalize(torch.randn(100_000, 256)).half()}
+        poses = {"landmarks": torch.rand(1000, 5, 2), "rows": torch.zeros(1000).long()}
+        save_model(f"{folder}/dit", "dit", dit.config, {"dit": dit.state_dict(), "poses": poses, "real": real},
+                   fr=f"{folder}/fr", fr_sha256=digest(f"{folder}/fr"), step=1, steps=1, lines={"copy": 1.0})
         args = sample.parser.parse_args(f"--dit {folder}/dit --steps {steps} --guidance {guidance} "
                                         f"--batch {batch} --max-real 2".split())
         artist = sample.Artist(args, DEVICE)
