@@ -36,7 +36,7 @@ flag = parser.add_argument
 flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (default: %(default)s)")
 flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
 flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
-flag("--virtual", type=int, default=1500, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
+flag("--virtual", type=int, default=1200, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
 flag("--per-id", type=int, default=3, help="pictures of each (default: %(default)s)")
 flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
@@ -90,7 +90,6 @@ class Artist:
             picture.normal_(generator=seeded(self.args.seed, self.names[row], index, attempt))
         return noise.pin_memory() if self.device.type == "cuda" else noise
 
-    @torch.no_grad()
     def draw(self, dit, jobs, noise):
         """Pictures uint8 (batch, 3, S, S), on the device; the last job fills up, for one shape of batch."""
         rows, _, _, poses = map(list, zip(*jobs + jobs[-1:] * (len(noise) - len(jobs))))
@@ -98,7 +97,6 @@ class Artist:
         with autocast(self.device):
             return to_uint8(dpm_solver(denoise, noise.to(self.device, non_blocking=True), self.args.steps))
 
-    @torch.no_grad()
     def judge(self, jobs, images):
         """Whether pictures leak (B,); their scores (B, 6): own cosine, `resemblance` to real people (centre,
         image, copy), is the own prototype the nearest of all, quality."""

@@ -150,8 +150,9 @@ def sampling(arch, batch, batches, virtual, steps, guidance):
         real = {"f": F.normalize(torch.randn(100_000, 512)).half(), "labels": torch.arange(100_000) % PEOPLE,
                 "thumbs": F.normalize(torch.randn(100_000, 256)).half()}
         poses = {"landmarks": torch.rand(1000, 5, 2), "rows": torch.zeros(1000).long()}
-        save_model(f"{folder}/dit", "dit", dit.config, {"dit": dit.state_dict(), "poses": poses, "real": real},
-                   fr=f"{folder}/fr", fr_sha256=digest(f"{folder}/fr"), step=1, steps=1, lines={"copy": 1.0})
+        parts = {"dit": dit.state_dict(), "poses": poses, "real": real}
+        save_model(f"{folder}/dit", "dit", dit.config, parts, fr=f"{folder}/fr", step=1, steps=1,
+                   fr_sha256=digest(f"{folder}/fr"), lines={"copy": 1.0})
         args = sample.parser.parse_args(f"--dit {folder}/dit --steps {steps} --guidance {guidance} "
                                         f"--batch {batch} --max-real 2".split())
         artist = sample.Artist(args, DEVICE)
