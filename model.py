@@ -300,12 +300,10 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
         self.modulation = zeroed(nn.Linear(width, 2 * width))
         self.patch_out = nn.Linear(width, 16 * patch ** 2)
-        self.pixels = nn.Sequential(nn.Conv2d(16 + 6, 32, 3, padding=1), nn.SiLU(),
-                                    zeroed(nn.Conv2d(32, 3, 3, padding=1)))
+        self.pixels = nn.Sequential(nn.Conv2d(22, 32, 3, 1, 1), nn.SiLU(), zeroed(nn.Conv2d(32, 3, 3, 1, 1)))
 
     def forward(self, x_t, t, w, landmarks):                                 # (B,3,S,S), (B,), (B,D), (B,5,2)
-        c = self.time(sinusoids(1000 * t, 256))                                 # (B, C)
-        c = c + self.identity(w * self.dim ** 0.5)                              # unit length -> unit variance
+        c = self.time(sinusoids(1000 * t, 256)) + self.identity(w * self.dim ** 0.5)    # (B, C); variance 1
         c = F.silu(c + self.pose(4 * landmarks.flatten(1) - 2))                 # [0, 1] -> [-2, 2]
         image = torch.cat([x_t, landmark_image(landmarks, self.size)], 1)       # (B, 6, S, S)
         x = F.pixel_unshuffle(image, self.patch).flatten(2).mT                  # (B, N, 6 patch^2)
