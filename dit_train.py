@@ -94,7 +94,7 @@ def main():
         x, landmarks = mirror(x, landmarks)
         with autocast(DEVICE):
             mse, identity = dit_loss(fast, fast_backbone, x, W[rows[labels]], landmarks, prototypes.sigma2)
-        (mse + 0.2 * identity).backward()                              # paper: no weight given
+        (mse + 0.2 * identity).backward()                               # paper: no weight given
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
