@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.io import encode_png, write_png
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from model import DEVICE, RetinaFace, detect_faces, fail, load_published, reading, replace_file, run, to_float
@@ -158,18 +159,12 @@ def write_landmarks(path, rows):
     write_csv(path, header, ([name, *map("{:.2f}".format, face.flatten().tolist())] for name, face in rows))
 
 
-def encode_png(image):
-    """A uint8 image (3, S, S) as the bytes of a PNG file."""
-    to_pil_image(image).save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
-
-
 def write_bin(path, images, pairs, generator):
     """Writes an InsightFace .bin of people, uint8 (I, P, 3, S, S): ten folds sharing nobody, half same."""
     encoded, same = [], [p % 2 == 1 for p in range(pairs)]
     for p, fold in enumerate(fold for fold in images.tensor_split(10) for _ in range(pairs // 10)):
         (i, j), (a, b) = (torch.randperm(n, generator=generator)[:2].tolist() for n in fold.shape[:2])
-        encoded += [encode_png(image) for image in (fold[i, a], fold[i if same[p] else j, b])]
+        encoded += [encode_png(x).numpy().tobytes() for x in (fold[i, a], fold[i if same[p] else j, b])]
     replace_file(path, lambda temporary: temporary.write_bytes(pickle.dumps((encoded, same), protocol=4)))
 
 
@@ -186,7 +181,7 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
     names = [f"p{person:04d}/{i:04d}.png" for person in range(people) for i in range(per_person)]
     for name, image in zip(names, images.flatten(0, 1)):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        (temporary / name).write_bytes(encode_png(image))
+        write_png(image, str(temporary / name))
     write_landmarks(temporary / "landmarks.csv", zip(names, size * landmarks.flatten(0, 1)))
     write_bin(temporary / "heldout.bin", images[people:], 3000, generator)
     os.replace(temporary, root)

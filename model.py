@@ -198,12 +198,12 @@ def virtual_batch_size(step, k, b_real, n):
     return (step + 1) * k * b_real // n - step * k * b_real // n
 
 
-def around(w, sigma2, scale=1.0):
-    """Virtual embeddings (B, D) of prototypes w: w + N(0, 1) sigma, of unit length; paper: sigma^2 = mean of
+def around(w, noise, sigma2, scale=1.0):
+    """Virtual embeddings (B, D) of prototypes w: w + noise sigma, of unit length; paper: sigma^2 = mean of
     (f - w)^2; here: times (1 + c) / (2 c^2), because only then their own cosine is c, as of real ones."""
     c = (1 - sigma2.sum() / 2).clamp(min=0.1)                                   # |f - w|^2 = 2 - 2 c
     sigma = (sigma2 * (1 + c) / (2 * c ** 2)).sqrt()                            # sum sigma^2 = 1 / c^2 - 1
-    return F.normalize(w + scale * sigma * torch.randn_like(w))
+    return F.normalize(w + scale * sigma * noise)
 
 
 def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0):
@@ -226,7 +226,7 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
         quality = quality_loss(f, cos[:, :n], labels, prototypes)
         j = n + torch.randint(max(1, k), (b_virtual,), device=f.device)         # none if k = 0
         negatives = torch.cat([W[:n].detach(), W[n:]])
-        cos = around(W[j], prototypes.sigma2) @ negatives.T                     # (b_v, n + k)
+        cos = around(W[j], torch.randn_like(W[j]), prototypes.sigma2) @ negatives.T     # (b_v, n + k)
         average = torch.zeros_like(cos[:, :1])                          # an invented embedding has no norm
         virtual = F.cross_entropy(logits(cos, j, average, ramp * margin, scale), j, reduction="sum") / len(f)
         return real, virtual, quality
@@ -337,7 +337,7 @@ def dit_loss(dit, backbone, x, w, landmarks, sigma2, drop=0.1):
     paper: conditioned on the prototype; here: on points around it, up to as far as embeddings spread, because
     then a person's pictures vary more. The identity loss |f(x0_hat) / |f| - w|^2, zero for a dropped w, is
     weighted by a^2 = SNR / (1 + SNR): near t = 1 x0_hat is an average face on which f means nothing."""
-    w = around(w, sigma2, torch.rand(len(x), 1, device=x.device))
+    w = around(w, torch.randn_like(w), sigma2, torch.rand(len(x), 1, device=x.device))
     t = torch.randn(len(x), device=x.device).sigmoid()                  # logit-normal (Esser et al. 2024)
     keep = (torch.rand(len(x), device=x.device) >= drop).float()        # guidance needs w = 0, nobody
     a, s = signal_noise(t)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import read_image, write_csv, write_landmarks, yaw_of
 from evaluate import FaceSet, nearest, resemblance, thumbnails
-from model import (DEVICE, DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
+from model import (DEVICE, DiT, around, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
                    load_model, load_recogniser, reading, replace_file, run, same_settings, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,16 +36,16 @@ flag = parser.add_argument
 flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (default: %(default)s)")
 flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
 flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
-flag("--virtual", type=int, default=1200, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
+flag("--virtual", type=int, default=2000, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
 flag("--per-id", type=int, default=3, help="pictures of each (default: %(default)s)")
 flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
 flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
+flag("--spread", type=float, default=0.5, help="around prototypes, 1 as of real faces (default: %(default)s)")
 flag("--max-real", type=float, help="highest cosine to a real person or image (default: as evaluate.py)")
 flag("--batch", type=int, help="pictures drawn at once (default: 256 on a GPU, 64 on a CPU)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
-ATTEMPTS = 5                                                            # draws of a picture at most
 COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict",         # of manifest.csv
            "cos_own", "cos_nearest_real", "cos_nearest_image", "copy", "own_is_nearest", "quality"]
 
@@ -84,18 +84,22 @@ class Artist:
             self.lines |= {"centre": args.max_real, "image": args.max_real}
 
     def noise(self, jobs):
-        """Standard normal (batch, 3, S, S), each job's from its own seed; zeros for what jobs are missing."""
-        noise = torch.zeros(self.args.batch, 3, self.dit.size, self.dit.size)
-        for picture, (row, index, attempt, _) in zip(noise, jobs):
-            picture.normal_(generator=seeded(self.args.seed, self.names[row], index, attempt))
+        """Standard normal (batch, D + 3 S S), each job's from its own seed; zeros where there is no job."""
+        noise = torch.zeros(self.args.batch, self.dit.dim + 3 * self.dit.size ** 2)
+        for numbers, (row, index, attempt, _) in zip(noise, jobs):
+            numbers.normal_(generator=seeded(self.args.seed, self.names[row], index, attempt))
         return noise.pin_memory() if self.device.type == "cuda" else noise
 
     def draw(self, dit, jobs, noise):
         """Pictures uint8 (batch, 3, S, S), on the device; the last job fills up, for one shape of batch."""
         rows, _, _, poses = map(list, zip(*jobs + jobs[-1:] * (len(noise) - len(jobs))))
-        denoise = guided(dit, self.W[rows], self.landmarks[poses].to(self.device), self.args.guidance)
+        direction, noise = noise.to(self.device, non_blocking=True).tensor_split([self.dit.dim], 1)
+        # paper: each picture of the prototype itself; here: around it, because else pictures are too alike.
+        w = around(self.W[rows], direction, self.prototypes.sigma2, self.args.spread)
+        x = noise.unflatten(1, (3, self.dit.size, self.dit.size))
+        denoise = guided(dit, w, self.landmarks[poses].to(self.device), self.args.guidance)
         with autocast(self.device):
-            return to_uint8(dpm_solver(denoise, noise.to(self.device, non_blocking=True), self.args.steps))
+            return to_uint8(dpm_solver(denoise, x, self.args.steps))
 
     def judge(self, jobs, images):
         """Whether pictures leak (B,); their scores (B, 6): own cosine, `resemblance` to real people (centre,
@@ -136,8 +140,8 @@ def draw_people(artist, wanted, out):
     args, names = artist.args, artist.names
     dit = compiled(artist.dit, artist.device, sum(wanted.values()) * args.steps)
     yaw, by_yaw = yaw_of(artist.landmarks).sort()
-    poses_of = lambda row: choose_poses(yaw, by_yaw, wanted[row], seeded(args.seed, names[row]))
-    first = ((row, index, 0, pose) for row in wanted for index, pose in enumerate(poses_of(row)))
+    first = ((row, index, 0, pose) for row in wanted for index, pose in enumerate(
+        choose_poses(yaw, by_yaw, wanted[row], seeded(args.seed, names[row]))))
     again, writing = collections.deque(), []                            # rejected jobs; people being written
     rows, drawn = collections.defaultdict(list), collections.defaultdict(dict)          # of incomplete people
 
@@ -156,7 +160,7 @@ def draw_people(artist, wanted, out):
             for (row, index, attempt, pose), image, (leak, score) in zip(jobs, images.cpu(), judged):
                 rows[row].append([f"{names[row]}/{index:04d}.jpg", names[row], index, attempt, pose,
                                   "leak" if leak else "accepted", *map("{:.4f}".format, score)])
-                if leak and attempt + 1 < ATTEMPTS:
+                if leak and attempt < 4:                                # five attempts at most
                     again.append((row, index, attempt + 1, pose))
                     continue
                 progress.update()

@@ -196,10 +196,10 @@ def test_virtual_embeddings_are_as_close_to_their_prototypes_as_real_ones(dim, c
     for _ in range(80):                                                         # an average over many steps
         model.vigface_loss(f, torch.arange(500), prototypes, 1)
     assert torch.allclose(prototypes.sigma2, (f - w).square().mean(0), rtol=0.01)
-    virtual = model.around(w, prototypes.sigma2)
+    virtual = model.around(w, torch.randn_like(w), prototypes.sigma2)
     assert torch.allclose(virtual.norm(dim=1), torch.ones(500), atol=1e-5)
     assert abs((virtual * w).sum(1).mean() - (f * w).sum(1).mean()) < 0.02
-    assert torch.allclose(model.around(w, torch.zeros(dim)), w, atol=1e-6)
+    assert torch.allclose(model.around(w, torch.randn_like(w), torch.zeros(dim)), w, atol=1e-6)
 
 
 def test_virtual_batch_has_the_paper_s_size_on_average():
