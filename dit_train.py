@@ -84,8 +84,7 @@ def main():
     first = resume(out / "state.pt", settings, modules)
     complete_landmarks(faces, out, args.weights, DEVICE)
     # What sample.py draws must be clean by the rule of evaluate.py: it gets the real faces as that sees them.
-    some = torch.randperm(len(faces), generator=torch.Generator().manual_seed(0))[:500_000]
-    seen = embed_faces(backbone, prototypes, faces, DEVICE, some)
+    seen = embed_faces(backbone, prototypes, faces, DEVICE, torch.randperm(len(faces))[:500_000])
     real = {"f": seen.f.half(), "labels": rows[seen.labels], "thumbs": seen.thumbs.half()}
     _, lines, _ = baseline(seen)
 
@@ -96,7 +95,7 @@ def main():
         x, landmarks = mirror(x, landmarks)
         with autocast(DEVICE):
             mse, identity = dit_loss(fast, find, x, W[rows[labels]], landmarks, prototypes.sigma2)
-        (mse + 0.05 * identity).backward()                              # paper: no weight given
+        (mse + 0.1 * identity).backward()                              # paper: no weight given
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

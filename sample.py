@@ -41,9 +41,9 @@ flag("--per-id", type=int, default=3, help="pictures of each (default: %(default
 flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
 flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
-flag("--spread", type=float, default=0.5, help="around prototypes, 1 as of real faces (default: %(default)s)")
+flag("--spread", type=float, default=0.7, help="around prototypes, 1 as of real faces (default: %(default)s)")
 flag("--max-real", type=float, help="highest cosine to a real person or image (default: as evaluate.py)")
-flag("--batch", type=int, help="pictures drawn at once (default: 256 on a GPU, 64 on a CPU)")
+flag("--batch", type=int, default=256 if DEVICE.type == "cuda" else 64, help="at once (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict",         # of manifest.csv
@@ -193,7 +193,6 @@ def finish(artist, wanted, out):
 def main():
     args = parser.parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets
-    args.batch = args.batch or (256 if DEVICE.type == "cuda" else 64)
     if min(args.per_id, args.steps, args.batch) < 1:
         fail("--per-id, --steps and --batch: expected 1 or more of each")
     artist = Artist(args, DEVICE)
