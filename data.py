@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import encode_png, write_png
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from model import DEVICE, RetinaFace, detect_faces, fail, load_published, reading, replace_file, run, to_float
@@ -164,7 +163,9 @@ def write_bin(path, images, pairs, generator):
     encoded, same = [], [p % 2 == 1 for p in range(pairs)]
     for p, fold in enumerate(fold for fold in images.tensor_split(10) for _ in range(pairs // 10)):
         (i, j), (a, b) = (torch.randperm(n, generator=generator)[:2].tolist() for n in fold.shape[:2])
-        encoded += [encode_png(x).numpy().tobytes() for x in (fold[i, a], fold[i if same[p] else j, b])]
+        for image in (fold[i, a], fold[i if same[p] else j, b]):
+            to_pil_image(image).save(file := io.BytesIO(), "PNG")
+            encoded.append(file.getvalue())
     replace_file(path, lambda temporary: temporary.write_bytes(pickle.dumps((encoded, same), protocol=4)))
 
 
@@ -181,7 +182,7 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
     names = [f"p{person:04d}/{i:04d}.png" for person in range(people) for i in range(per_person)]
     for name, image in zip(names, images.flatten(0, 1)):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        write_png(image, str(temporary / name))
+        to_pil_image(image).save(temporary / name)
     write_landmarks(temporary / "landmarks.csv", zip(names, size * landmarks.flatten(0, 1)))
     write_bin(temporary / "heldout.bin", images[people:], 3000, generator)
     os.replace(temporary, root)
@@ -286,8 +287,7 @@ class Faces(Dataset):
     """
 
     def __init__(self, sources, size=None, memory=3e9):
-        self.people, self.bad = {}, set()                               # people: {identity: label}
-        self.size, self.images = None, None
+        self.people, self.bad, self.size, self.images = {}, set(), None, None   # people: {identity: label}
         self.paths, self.offsets, self.labels, landmarks = [], [], [], []
         for source in sources:
             root, first = open_source(source), len(self)

@@ -5,7 +5,7 @@
 set -euo pipefail
 home=$(cd "$(dirname "$0")/.." && pwd)
 faces=$(realpath "$2") benchmarks=$(realpath $3) size=${4:-32}
-dit=${5:-"--steps 3600"} seeds=${6:-"0 1 2"}
+dit=${5:-"--steps 3000"} seeds=${6:-"0 1 2"}
 mkdir -p "$1" && cd "$1"
 train() {                                       # OUT EPOCHS DATA...: a recogniser without virtual prototypes
     [ -e "$1/done" ] && return
