@@ -208,7 +208,8 @@ def verify(recognisers, paths):
         rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
                         for name, score in scores.items()}
         rows[folder]["average"] = f"{100 * average:.2f}" if scores else None
-    return models, table("Accuracy: mean ± standard deviation over folds, percent", rows)
+    absent = ", ".join(title for name, title in FIELD.items() if name not in paths) or "none"
+    return models, table(f"Accuracy: mean ± standard deviation over folds, percent; absent: {absent}", rows)
 
 
 def main():

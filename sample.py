@@ -96,10 +96,9 @@ class Artist:
         direction, noise = noise.to(self.device, non_blocking=True).tensor_split([self.dit.dim], 1)
         # paper: each picture of the prototype itself; here: around it, because else pictures are too alike.
         w = around(self.W[rows], direction, self.prototypes.sigma2, self.args.spread)
-        x = noise.unflatten(1, (3, self.dit.size, self.dit.size))
         denoise = guided(dit, w, self.landmarks[poses].to(self.device), self.args.guidance)
         with autocast(self.device):
-            return to_uint8(dpm_solver(denoise, x, self.args.steps))
+            return to_uint8(dpm_solver(denoise, noise.unflatten(1, (3, -1, self.dit.size)), self.args.steps))
 
     def judge(self, jobs, images):
         """Whether pictures leak (B,); their scores (B, 6): own cosine, `resemblance` to real people (centre,
