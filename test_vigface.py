@@ -692,7 +692,7 @@ def test_benchmarks_take_a_tenth_of_the_time_at_most(pipeline, tmp_path, monkeyp
     monkeypatch.setattr(fr_train, "time", SimpleNamespace(time=lambda: sum(clock)))
     monkeypatch.setattr(fr_train, "compiled", lambda *_: lambda x: x.flatten(1)[:, :64])     # faster
     embedded, embed = [], model.embed
-    monkeypatch.setattr(evaluate, "embed", lambda *given: embedded.append(given) or embed(*given))
+    monkeypatch.setattr(evaluate, "embed", lambda *given, **_: embedded.append(given) or embed(*given))
     lines = here("fr_train.py", "--data", pipeline[0] / "faces", "--batch", 8, "--epochs", 27, "--out", "fr",
                  cwd=tmp_path).split("epoch ")[1:]                              # at 108, 216, 324 steps
     assert ["held" in line for line in lines] == [True, False, True]
