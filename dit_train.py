@@ -76,7 +76,7 @@ def main():
     average = copy.deepcopy(dit).requires_grad_(False)
     decay = min(0.9999, steps / (steps + 20))                   # the average spans a twentieth of short runs
     fast, fast_backbone = compiled(dit, DEVICE, steps * batch), compiled(backbone, DEVICE, 0)   # 0: GPUs only
-    find = lambda x: fast_backbone(augment(x))          # paper: not augmented; here: a guess, against textures
+    find = lambda x: fast_backbone(augment(x))      # paper: not augmented; here: a guess, against textures
     optimizer = torch.optim.AdamW(dit.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     settings = vars(args) | {"data": data, "steps": steps, "batch": batch, "images": len(faces),
                              "fr": digest(args.fr), "out": ""}
