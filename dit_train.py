@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from data import Faces, batches, complete_landmarks
 from evaluate import baseline, embed_faces
-from fr_train import augment
 from model import (DEVICE, DIT_SIZES, DiT, autocast, compiled, digest, dit_loss, dpm_solver, embed, fail,
                    guided, load_recogniser, replace_file, resume, run, save_model, save_state,
                    stop_unless_finite, to_uint8)
@@ -76,7 +75,6 @@ def main():
     average = copy.deepcopy(dit).requires_grad_(False)
     decay = min(0.9999, steps / (steps + 20))                   # the average spans a twentieth of short runs
     fast, fast_backbone = compiled(dit, DEVICE, steps * batch), compiled(backbone, DEVICE, 0)   # 0: GPUs only
-    find = lambda x: fast_backbone(augment(x))      # paper: not augmented; here: a guess, against textures
     optimizer = torch.optim.AdamW(dit.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     settings = vars(args) | {"data": data, "steps": steps, "batch": batch, "images": len(faces),
                              "fr": digest(args.fr), "out": ""}
@@ -94,7 +92,7 @@ def main():
             group["lr"] = lr * min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
         x, landmarks = mirror(x, landmarks)
         with autocast(DEVICE):
-            mse, identity = dit_loss(fast, find, x, W[rows[labels]], landmarks, prototypes.sigma2)
+            mse, identity = dit_loss(fast, fast_backbone, x, W[rows[labels]], landmarks, prototypes.sigma2)
         (mse + 0.1 * identity).backward()                              # paper: no weight given
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()

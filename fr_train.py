@@ -30,7 +30,7 @@ flag("--arch", choices=FR_ARCHS, help="network (default: tiny up to 64 pixels, i
 flag("--head", choices=MARGINS, default="arcface", help="margin (default: %(default)s)")
 flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as many as real identities)")
 flag("--free", action="store_true", help="virtual prototypes as in the paper, free vectors (default: off)")
-flag("--epochs", type=int, help="(default: 26 for ir_se50, 6 for tiny; more if under 750 steps)")
+flag("--epochs", type=int, help="(default: 26 for ir_se50, 6 for tiny; more if under 1,250 steps)")
 flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for tiny)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -95,7 +95,7 @@ def main():
     if min(n, batch) < 2 or size % 16 or size < 32:
         fail(f"{n} people, --batch {batch}, --size {size}: expected 2 or more, 2 or more, a multiple of 16")
     per_epoch = len(faces) // batch
-    epochs = args.epochs or max(epochs, -(-750 // per_epoch))
+    epochs = args.epochs or max(epochs, -(-1250 // per_epoch))
     steps = epochs * per_epoch
     val = args.val or [path for source in args.data for path in sorted(open_source(source).glob("*.bin"))]
     benchmarks = {Path(path).stem: read_benchmark(path, size) for path in val}

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 # one GPU for each process that torchrun starts
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda")         # on CPUs, too, where it is slow in bf16
 
 # ---------------------------------------------------------------------------------------------- small helpers
 
