@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 # one GPU for each process that torchrun starts
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda")         # on CPUs, too, where it is slow in bf16
+torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda")     # on CPUs its bf16 backward is slow
 
 # ---------------------------------------------------------------------------------------------- small helpers
 
