@@ -41,7 +41,7 @@ flag("--per-id", type=int, default=4, help="pictures of each (default: %(default
 flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
 flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
-flag("--spread", type=float, default=0.5, help="around prototypes, 1 as of real faces (default: %(default)s)")
+flag("--spread", type=float, default=0.4, help="around prototypes, 1 as of real faces (default: %(default)s)")
 flag("--max-real", type=float, help="highest cosine to a real person or image (default: as evaluate.py)")
 flag("--batch", type=int, default=256 if DEVICE.type == "cuda" else 64, help="at once (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
