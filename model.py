@@ -339,7 +339,7 @@ def dit_loss(dit, backbone, x, w, landmarks, sigma2, drop=0.1):
     then a person's pictures vary more. The identity loss |f(x0_hat) / |f| - w|^2, zero for a dropped w, is
     weighted by a^2 = SNR / (1 + SNR): near t = 1 x0_hat is an average face on which f means nothing."""
     w = around(w, torch.randn_like(w), sigma2, torch.rand(len(x), 1, device=x.device))
-    t = torch.rand(len(x), device=x.device)
+    t = torch.randn(len(x), device=x.device).sigmoid()                  # logit-normal (Esser et al. 2024)
     keep = (torch.rand(len(x), device=x.device) >= drop).float()        # guidance needs w = 0, nobody
     a, s = signal_noise(t)
     noise = torch.randn_like(x)
