@@ -30,6 +30,7 @@ flag("--arch", choices=[f"{size}/{patch}" for size in DIT_SIZES for patch in (4,
      help=f"{', '.join(DIT_SIZES)} with patches of 4 or 8 pixels (default: Ti/8 up to 64 pixels, B/8 above)")
 flag("--steps", type=int, help="training steps (default: 1,100 for Ti, 200,000 for others)")
 flag("--batch", type=int, help="images per step (default: 32 for Ti, 256 for others)")
+flag("--lr", type=float, help="learning rate (default: 2e-3 for Ti, 2e-4 for others)")
 flag("--weights", metavar="PATH", help="RetinaFace's, where landmarks are missing (default: fetched)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
@@ -67,14 +68,14 @@ def main():
     args.arch = args.arch or ("Ti/8" if faces.size <= 64 else "B/8")
     size, patch = args.arch.split("/")
     steps, batch, lr = (1100, 32, 2e-3) if size == "Ti" else (200_000, 256, 2e-4)       # paper: not given
-    steps, batch = args.steps or steps, min(args.batch or batch, len(faces))
+    steps, batch, lr = args.steps or steps, min(args.batch or batch, len(faces)), args.lr or lr
     every = min(5000, -(-steps // 6))
 
     torch.manual_seed(args.seed)
     dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[size]).to(DEVICE)
     average = copy.deepcopy(dit).requires_grad_(False)
     decay = min(0.9999, steps / (steps + 20))                   # the average spans a twentieth of short runs
-    fast, fast_backbone = compiled(dit, DEVICE, steps * batch), compiled(backbone, DEVICE, 0)   # 0: GPUs only
+    fast, fast_backbone = (compiled(net, DEVICE, steps * batch) for net in (dit, backbone))
     optimizer = torch.optim.AdamW(dit.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     settings = vars(args) | {"data": data, "steps": steps, "batch": batch, "images": len(faces),
                              "fr": digest(args.fr), "out": ""}

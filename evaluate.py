@@ -99,8 +99,7 @@ def consistency_separability(f, labels):
     """C, mean cosine of two images of a class (None without any); S, mean cosine distance of two centres."""
     total, count = class_sums(f, labels)
     within = ((total.square().sum(1) - count) / (count * (count - 1)))[count > 1]       # f_i f_j over i != j
-    classes = len(count)
-    between = (F.normalize(total).sum(0).square().sum() - classes) / max(1, classes * (classes - 1))
+    between = (F.normalize(total).sum(0).square().sum() - len(count)) / max(1, len(count) * (len(count) - 1))
     return within.mean().item() if len(within) else None, 1 - between.item()
 
 
@@ -149,7 +148,6 @@ def judge(data, found, lines, prototypes):
     leakage = {"verdict": "leaks" if leaks else "clean", "q99": quantile(found["centre"][0], 0.99),
                "threshold": lines["centre"], "images_over": over["centre"], "image_threshold": lines["image"],
                "images_over_image": over["image"], "copy_threshold": lines["copy"], "copies": over["copy"]}
-    # Published networks have no quality head, and so no D.
     return {"identities": len(data.faces.people), "images": len(data.f), "consistency": consistency,
             "separability": separability, "leakage": leakage,
             "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None}

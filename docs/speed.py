@@ -66,7 +66,7 @@ def flops_of(step):
     return counter.get_total_flops()
 
 
-def measure(name, images, step, flops, warm=6 if GPU else 0, steps=8 if GPU else 1, runs=5 if GPU else 2):
+def measure(name, images, step, flops, warm=4 if GPU else 0, steps=8 if GPU else 1, runs=3 if GPU else 2):
     """Prints the line of a network whose step takes so many images and FLOPs."""
     if GPU:
         torch.cuda.empty_cache()
@@ -204,13 +204,14 @@ if __name__ == "__main__":
     print(f"{torch.cuda.get_device_name() if GPU else 'CPU'}, {processors()} processors, torch "
           f"{torch.__version__}; the matrix product: {PEAK / 1e12:.2f} TFLOP/s")
     for virtual in (0, PEOPLE, 120_000) if GPU else (0, PEOPLE):
-        for eager in (None, torch.float16, torch.bfloat16) if GPU else (None, torch.float32):
-            clean(recogniser, 512 if GPU else 4, virtual, eager)
+        clean(recogniser, 512 if GPU else 4, virtual)
+    for eager in (torch.float16, torch.bfloat16) if GPU else (torch.float32,):
+        clean(recogniser, 512 if GPU else 4, PEOPLE, eager)
     for arch in ("S/8", "B/8"):
         clean(transformer, arch, 256 if GPU else 2)
     for steps, guidance in ((10, 1.0), (20, 2.0)) if GPU else ((2, 1.0), (2, 2.0)):
         if GPU:
-            clean(sampling, "B/8", 256, 40, 120_000, steps, guidance)
+            clean(sampling, "B/8", 256, 12, 120_000, steps, guidance)
         else:
             clean(sampling, "B/8", 4, 2, PEOPLE, steps, guidance)
     clean(loading, 512 if GPU else 128)
