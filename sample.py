@@ -83,17 +83,16 @@ class Artist:
         if args.max_real is not None:
             self.lines |= {"centre": args.max_real, "image": args.max_real}
 
-    def noise(self, jobs):
-        """Standard normal (batch, D + 3 S S), each job's from its own seed; zeros where there is no job."""
-        noise = torch.zeros(self.args.batch, self.dit.dim + 3 * self.dit.size ** 2)
-        for numbers, (row, index, attempt, _) in zip(noise, jobs):
-            numbers.normal_(generator=seeded(self.args.seed, self.names[row], index, attempt))
-        return noise.pin_memory() if self.device.type == "cuda" else noise
+    def noise(self, row, index, attempt, _):
+        """Standard normal numbers (D + 3 S S,) of a job, from its own seed."""
+        generator = seeded(self.args.seed, self.names[row], index, attempt)
+        return torch.randn(self.dit.dim + 3 * self.dit.size ** 2, generator=generator)
 
     def draw(self, dit, jobs, noise):
         """Pictures uint8 (batch, 3, S, S), on the device; the last job fills up, for one shape of batch."""
-        rows, _, _, poses = map(list, zip(*jobs + jobs[-1:] * (len(noise) - len(jobs))))
-        direction, noise = noise.to(self.device, non_blocking=True).tensor_split([self.dit.dim], 1)
+        jobs, noise = (some + some[-1:] * (self.args.batch - len(some)) for some in (jobs, noise))
+        rows, _, _, poses = map(list, zip(*jobs))
+        direction, noise = torch.stack(noise).to(self.device).tensor_split([self.dit.dim], 1)
         # paper: each picture of the prototype itself; here: around it, because else pictures are too alike.
         w = around(self.W[rows], direction, self.prototypes.sigma2, self.args.spread)
         denoise = guided(dit, w, self.landmarks[poses].to(self.device), self.args.guidance)
@@ -135,9 +134,9 @@ def write_person(folder, rows, pictures):
 
 def draw_people(artist, wanted, out):
     """Draws and judges pictures of {row: count} people, rejected ones again, and writes them to `out`."""
-    # One queue runs over everybody: batches are full. Meanwhile threads make noise and write complete people.
+    # One queue runs over everybody: batches are full. Threads make the next noise and write complete people.
     args, names = artist.args, artist.names
-    dit = compiled(artist.dit, artist.device, sum(wanted.values()) * args.steps)
+    dit = compiled(artist.dit, artist.device, sum(artist.people().values()) * args.steps)
     yaw, by_yaw = yaw_of(artist.landmarks).sort()
     first = ((row, index, 0, pose) for row in wanted for index, pose in enumerate(
         choose_poses(yaw, by_yaw, wanted[row], seeded(args.seed, names[row]))))
@@ -149,14 +148,16 @@ def draw_people(artist, wanted, out):
             writing.pop().result()                                      # raises what went wrong in the thread
         jobs = [again.popleft() for _ in range(min(len(again), args.batch))]
         jobs += itertools.islice(first, args.batch - len(jobs))
-        return jobs, pool.submit(artist.noise, jobs)
+        return jobs, [pool.submit(artist.noise, *job) for job in jobs]
+
     with ThreadPoolExecutor() as pool, tqdm(total=sum(wanted.values()), desc=out.name) as progress:
-        jobs, noise = next_batch()
-        while jobs:
-            images = artist.draw(dit, jobs, noise.result())
-            upcoming = next_batch()
-            judged = zip(*artist.judge(jobs, images))
-            for (row, index, attempt, pose), image, (leak, score) in zip(jobs, images.cpu(), judged):
+        jobs, images = [], None                                         # drawn, not judged yet
+        while (upcoming := next_batch())[0] or jobs:
+            settled = zip(jobs, *artist.judge(jobs, images), images.cpu()) if jobs else []
+            jobs, noise = upcoming
+            if jobs:                                                    # a GPU draws them during what follows
+                images = artist.draw(dit, jobs, [numbers.result() for numbers in noise])
+            for (row, index, attempt, pose), leak, score, image in settled:
                 rows[row].append([f"{names[row]}/{index:04d}.jpg", names[row], index, attempt, pose,
                                   "leak" if leak else "accepted", *map("{:.4f}".format, score)])
                 if leak and attempt < 4:                                # five attempts at most
@@ -166,7 +167,6 @@ def draw_people(artist, wanted, out):
                 drawn[row][f"{index:04d}.jpg"] = None if leak else to_pil_image(image)
                 if len(drawn[row]) == wanted[row]:
                     writing.append(pool.submit(write_person, out / names[row], rows.pop(row), drawn.pop(row)))
-            jobs, noise = upcoming if upcoming[0] else next_batch()     # rejected ones, or nothing
 
 
 def finish(artist, wanted, out):

@@ -755,7 +755,7 @@ def test_pictures_lie_around_their_prototype_as_far_as_asked(pipeline, monkeypat
     monkeypatch.setattr(sample, "guided", lambda dit, w, *_: seen.append(w) or (lambda x, t: x))
     for spread in ("0", "1"):
         artist = sample.Artist(sample.parser.parse_args(["--spread", spread, "--batch", "4"]), CPU)
-        artist.draw(artist.dit, jobs, artist.noise(jobs))
+        artist.draw(artist.dit, jobs, [artist.noise(*job) for job in jobs])
     (at, near), mean = torch.stack(seen) @ artist.W[24], 1 - artist.prototypes.sigma2.sum() / 2
     assert (at > 0.9999).all() and abs(near.mean() - mean) < 0.1 and len(near.unique()) == 4
 
