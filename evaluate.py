@@ -148,6 +148,7 @@ def judge(data, found, lines, prototypes):
     leakage = {"verdict": "leaks" if leaks else "clean", "q99": quantile(found["centre"][0], 0.99),
                "threshold": lines["centre"], "images_over": over["centre"], "image_threshold": lines["image"],
                "images_over_image": over["image"], "copy_threshold": lines["copy"], "copies": over["copy"]}
+    # Published networks have no quality head, and so no D.
     return {"identities": len(data.faces.people), "images": len(data.f), "consistency": consistency,
             "separability": separability, "leakage": leakage,
             "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None}
