@@ -283,8 +283,7 @@ class Faces(Dataset):
     """Images of one or more sources united by identity name: uint8 images, labels, landmarks ([0, 1] or NaN).
 
     Sets that fit in `memory` bytes are decoded once, larger ones by the loader's workers whenever wanted. For
-    an image that cannot be read the next one stands in, with its label and landmarks.
-    """
+    an image that cannot be read the next one stands in, with its label and landmarks."""
 
     def __init__(self, sources, size=None, memory=3e9):
         self.people, self.bad, self.size, self.images = {}, set(), None, None   # people: {identity: label}
@@ -351,8 +350,7 @@ class Faces(Dataset):
 def batches(faces, batch, seed, first, last, device, name):
     """Yields step, images in [-1, 1], labels, landmarks on `device`, of steps first to last - 1.
 
-    All chance of a step, here and after, follows from (seed, step): a resumed run repeats itself.
-    """
+    All chance of a step, here and after, follows from (seed, step): a resumed run repeats itself."""
     @functools.lru_cache(1)
     def shuffled(epoch):
         return np.random.default_rng([abs(seed), epoch]).permutation(len(faces))

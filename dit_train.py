@@ -114,8 +114,7 @@ def main():
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
             tqdm.write(f"step {step + 1:6d}/{steps}  loss v {v_mean:.4f} identity {identity_mean:.4f}  "
                        f"own cosine real {real_own:.3f} virtual {virtual_own:.3f}  {speed:5.0f} img/s")
-            losses.zero_()
-            last_time = time.time()
+            losses, last_time = losses.zero_(), time.time()
 
 
 if __name__ == "__main__":

@@ -43,8 +43,7 @@ def pair_distances(backbone, images):
 def verification(distance, same, folds=10):
     """Mean and standard deviation of the accuracy over contiguous folds, of distances (P,), same or not (P,).
 
-    The field's protocol: each fold is judged at the first threshold that is best on all others.
-    """
+    The field's protocol: each fold is judged at the first threshold that is best on all others."""
     right = (distance < np.arange(0, 4, 0.01)[:, None]) == np.asarray(same)     # (thresholds, P)
     tests = np.array_split(np.arange(len(same)), folds)
     accuracy = [right[np.delete(right, test, axis=1).sum(1).argmax(), test].mean() for test in tests]
@@ -114,8 +113,7 @@ def resemblance(faces, real, own=None):
     """How near images come to real people: {test: (similarity, index in `real`) (M,) each}.
 
     centre: cosine to the nearest person's centre; image: to the nearest image; copy: of thumbnails, mirrored
-    or not. Images of the person own (M,) are left out, if given.
-    """
+    or not. Images of the person own (M,) are left out, if given."""
     mirrored = real.thumbs.view(-1, 16, 16).flip(2).flatten(1)
     copy, which = nearest(faces.thumbs, torch.cat([real.thumbs, mirrored]), own, real.labels.repeat(2))
     return {"centre": nearest(faces.f, F.normalize(class_sums(real.f, real.labels)[0]), own),
@@ -126,8 +124,7 @@ def baseline(real):
     """What real strangers look like to each other: their `resemblance`, a line for each test, and the cap.
 
     99 % of real images stay below the lines for centre and image, unless the cap is lower: the median cosine
-    of an image to the centre of the person's others. That for copy is halfway from 99.9 % to identical.
-    """
+    of an image to the centre of the person's others. That for copy is halfway from 99.9 % to identical."""
     strangers = resemblance(real, real, own=real.labels)
     total, count = class_sums(real.f, real.labels)
     own = F.cosine_similarity(total[real.labels] - real.f, real.f)[count[real.labels] > 1]
@@ -140,8 +137,7 @@ def baseline(real):
 def judge(data, found, lines, prototypes):
     """One dataset's row of the report: quality and leakage, from its `resemblance` to real people.
 
-    Clean: at most 1 % of the images are over the line for centres, or for images, and none is a copy.
-    """
+    Clean: at most 1 % of the images are over the line for centres, or for images, and none is a copy."""
     consistency, separability = consistency_separability(data.f, data.labels)
     over = {test: int((similarity > lines[test]).sum()) for test, (similarity, _) in found.items()}
     leaks = max(over["centre"], over["image"]) > 0.01 * len(data.f) or over["copy"] > 0

@@ -146,9 +146,8 @@ def main():
                 backbone.train()
                 next_test = time.time() + 9 * (time.time() - begun)
             tqdm.write(line)
-            losses.zero_()
-            last_time = time.time()
-    describe_prototypes(prototypes.unit().detach(), n)
+            losses, last_time = losses.zero_(), time.time()
+    describe_prototypes(prototypes.eval().unit().detach(), n)
 
 
 if __name__ == "__main__":

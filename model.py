@@ -134,6 +134,12 @@ def embed(backbone, images, batch=256, unit=True):
 
 # -------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
 
+def moment(w, power):
+    """The second moment of vectors w (M, D) to a power: (D, D)."""
+    values, vectors = torch.linalg.eigh(w.mT.double() @ w.double() / len(w))
+    return (vectors * values.clamp(min=1e-6) ** power @ vectors.mT).float()
+
+
 class Prototypes(nn.Module):
     """n real and k virtual class prototypes in R^D, what losses know of embeddings, and a quality head."""
     def __init__(self, n, k, dim, free=False):
@@ -147,12 +153,14 @@ class Prototypes(nn.Module):
         self.register_buffer("norm_std", torch.tensor(100.0))           # published before the first step
 
     def unit(self):
-        """All prototypes on the unit sphere, (n + k, D), real ones first; paper: virtual ones free; here, but
-        with `free`: seen through the real ones' second moment, because free ones go where no face is."""
-        real, virtual = F.normalize(self.real), self.virtual
-        if not self.free:
-            virtual = virtual @ (real.T @ real).detach()
-        return torch.cat([real, F.normalize(virtual)])
+        """All prototypes on the unit sphere, (n + k, D), real ones first. paper: virtual ones free; here, but
+        with `free`: in training seen through the real ones' second moment, because free ones go where no face
+        is; then given that moment, which repelling everybody has kept them from."""
+        real, virtual = F.normalize(self.real), F.normalize(self.virtual)
+        if len(virtual) and not self.free:
+            seen = real.mT @ real if self.training else moment(virtual, -0.5) @ moment(real, 0.5)
+            virtual = F.normalize(virtual @ seen.detach())
+        return torch.cat([real, virtual])
 
 
 def arcface(cos, labels, quality=None, margin=0.5, scale=64.0):
@@ -364,18 +372,17 @@ def guided(dit, w, landmarks, guidance=1.0):
 
 
 def dpm_solver(denoise, x, steps):
-    """DPM-Solver++(2M) (Lu et al. 2022): noise x (B, ...) at t = 1 to an image at t = 0; each step
-    but the first extrapolates x0 from the last two, by h = l_next - l, where l = log(a / s)."""
-    # Even in l, -4 to 4: ten steps even in t would halve the spread of brightness and of fine detail.
+    """DPM-Solver++(2M) (Lu et al. 2022): noise x (B, ...) at t = 1 to an image at t = 0 by steps even in
+    l = log(a / s); each but the first two extrapolates x0 from the last two, half a step ahead."""
+    # From l = -4 to 4: ten steps even in t would halve the spread of brightness and of fine detail.
     times = [1.0, *(torch.linspace(4, -4, steps - 1).double().exp().atan() * 2 / math.pi).tolist()]
     levels = [(math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)) for t in times]        # a, s
-    previous, h_previous = None, math.inf
+    previous = None
     for t, (a, s), (a_next, s_next) in zip(times, levels, levels[1:]):
         x0 = denoise(x, t)
-        h = math.inf if t == 1 else math.log(a_next / s_next) - math.log(a / s)
-        estimate = x0 if h_previous == math.inf else x0 + (x0 - previous) * h / (2 * h_previous)
-        x = s_next / s * x + (a_next - a * s_next / s) * estimate        # x s_next / s - a_next (e^-h - 1) x0
-        previous, h_previous = x0, h
+        estimate = x0 if previous is None else 1.5 * x0 - 0.5 * previous
+        x = s_next / s * x + (a_next - a * s_next / s) * estimate
+        previous = x0 if t < 1 else None                                # the first step is infinitely long
     return denoise(x, times[-1])
 
 
@@ -537,7 +544,7 @@ def load_recogniser(path, device, bgr=False):
         n, k = (len(tensors.get(f"prototypes.{kind}", ())) for kind in ("real", "virtual"))
         arguments = dict(n=n, k=k, dim=meta["config"]["dim"], free=meta["free"])
         prototypes = build(Prototypes, tensors, "prototypes", arguments, path)
-    return backbone.to(device, memory_format=torch.channels_last).eval(), prototypes.to(device), meta
+    return backbone.to(device, memory_format=torch.channels_last).eval(), prototypes.to(device).eval(), meta
 
 
 def same_settings(path, before, now):
