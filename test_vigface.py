@@ -32,8 +32,7 @@ import fr_train
 import model
 import sample
 
-HERE = Path(__file__).parent
-CPU = torch.device("cpu")
+HERE, CPU = Path(__file__).parent, torch.device("cpu")
 THREADS = torch.get_num_threads()
 
 
@@ -176,12 +175,13 @@ def test_virtual_prototypes_lie_where_real_ones_do():
     n, k, dim, used = 3000, 2000, 64, 20
     prototypes, axes = model.Prototypes(n, k, dim), torch.linalg.qr(torch.randn(dim, dim))[0]
     with torch.no_grad():
-        prototypes.real.copy_(torch.randn(n, dim) * torch.tensor([1.] * used + [.02] * (dim - used)) @ axes.T)
+        spread = torch.linspace(1, -0.5, dim).where(torch.arange(dim) < used, torch.tensor(0.02))
+        prototypes.real.copy_(torch.randn(n, dim) * spread @ axes.T)
         prototypes.virtual.copy_(torch.randn(k, dim) * torch.linspace(0.1, 1, dim) @ axes.T)     # they flee
     inside = lambda W: (W[n:] @ axes[:, :used]).square().sum(1).mean()
     assert inside(prototypes.unit()) > 0.99                                     # in training
     real, virtual = (w.T @ w / len(w) for w in prototypes.eval().unit().tensor_split([n]))
-    assert (virtual - real).norm() < 0.1 * real.norm() and virtual.trace().item() == pytest.approx(1)
+    assert (virtual - real).norm() < 0.07 * real.norm() and virtual.trace().item() == pytest.approx(1)
     prototypes.free = True                                                      # the paper's: left alone
     assert torch.equal(prototypes.unit()[n:], F.normalize(prototypes.virtual))
 
