@@ -135,7 +135,7 @@ def embed(backbone, images, batch=256, unit=True):
 # -------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
 
 def moment(w, power):
-    """The second moment of vectors w (M, D) to a power: (D, D)."""
+    """The second moment of vectors w (M, D) to a power, in double precision: (D, D); kept invertible."""
     values, vectors = torch.linalg.eigh(w.mT.double() @ w.double() / len(w))
     return (vectors * values.clamp(min=1e-6) ** power @ vectors.mT).float()
 
@@ -154,8 +154,8 @@ class Prototypes(nn.Module):
 
     def unit(self):
         """All prototypes on the unit sphere, (n + k, D), real ones first. paper: virtual ones free; here, but
-        with `free`: in training seen through the real ones' second moment, because free ones go where no face
-        is; then given that moment, which repelling everybody has kept them from."""
+        with `free`: in training mode seen through the real ones' second moment, because free ones go where no
+        face is; in eval mode given that moment, which repelling everybody has kept them from."""
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if len(virtual) and not self.free:
             seen = real.mT @ real if self.training else moment(virtual, -0.5) @ moment(real, 0.5)

@@ -178,8 +178,7 @@ def test_virtual_prototypes_lie_where_real_ones_do():
         spread = torch.linspace(1, -0.5, dim).where(torch.arange(dim) < used, torch.tensor(0.02))
         prototypes.real.copy_(torch.randn(n, dim) * spread @ axes.T)
         prototypes.virtual.copy_(torch.randn(k, dim) * torch.linspace(0.1, 1, dim) @ axes.T)     # they flee
-    inside = lambda W: (W[n:] @ axes[:, :used]).square().sum(1).mean()
-    assert inside(prototypes.unit()) > 0.99                                     # in training
+    assert (prototypes.unit()[n:] @ axes[:, :used]).square().sum(1).mean() > 0.99       # in training
     real, virtual = (w.T @ w / len(w) for w in prototypes.eval().unit().tensor_split([n]))
     assert (virtual - real).norm() < 0.07 * real.norm() and virtual.trace().item() == pytest.approx(1)
     prototypes.free = True                                                      # the paper's: left alone
@@ -758,6 +757,7 @@ def test_pictures_lie_around_their_prototype_as_far_as_asked(pipeline, monkeypat
         artist.draw(artist.dit, jobs, [artist.noise(*job) for job in jobs])
     (at, near), mean = torch.stack(seen) @ artist.W[24], 1 - artist.prototypes.sigma2.sum() / 2
     assert (at > 0.9999).all() and abs(near.mean() - mean) < 0.1 and len(near.unique()) == 4
+    assert torch.equal(artist.W, artist.prototypes.eval().unit())                   # as a finished stage 1's
 
 
 def sampled(pipeline, where, *arguments, **options):
