@@ -188,7 +188,7 @@ def loading(batch, count=4000):
         next(batches)
         start = time.perf_counter()
         rate = sum(len(images) for images, _ in batches) / (time.perf_counter() - start)
-        print(f"{f'loading JPEG files, {processors()} workers, batch {batch}':60s} {rate:9.1f} img/s")
+        print(f"{f'loading JPEG files, {processors()} workers, batch {batch}':60s} {rate:9.1f} img/s", flush=True)
 
 
 def clean(function, *arguments):
@@ -207,11 +207,10 @@ if __name__ == "__main__":
         clean(recogniser, 512 if GPU else 4, virtual)
     for eager in (torch.float16, torch.bfloat16) if GPU else (torch.float32,):
         clean(recogniser, 512 if GPU else 4, PEOPLE, eager)
-    for arch in ("S/8", "B/8"):
-        clean(transformer, arch, 256 if GPU else 2)
+    clean(transformer, "B/8", 256 if GPU else 2)
     for steps, guidance in ((10, 1.0), (20, 2.0)) if GPU else ((2, 1.0), (2, 2.0)):
         if GPU:
-            clean(sampling, "B/8", 256, 12, 120_000, steps, guidance)
+            clean(sampling, "B/8", 256, 6, 120_000, steps, guidance)
         else:
             clean(sampling, "B/8", 4, 2, PEOPLE, steps, guidance)
     clean(loading, 512 if GPU else 128)
