@@ -194,7 +194,9 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
 def read_image(file, size=None):
     """One image of a path or an open file, uint8 (3, S, S) RGB, resized to `size` if need be."""
     image = Image.open(file).convert("RGB")
-    return pil_to_tensor(image.resize((size, size), Image.BICUBIC, reducing_gap=2) if size else image)
+    if size and image.size != (size, size):
+        image = image.resize((size, size), Image.BICUBIC, reducing_gap=2)
+    return pil_to_tensor(image)
 
 
 def read_record(path, offset):
@@ -302,9 +304,9 @@ class Faces(Dataset):
         self.paths, self.offsets = map(np.array, (self.paths, self.offsets))  # lists fill every worker
         self.labels, self.landmarks, self.size = torch.tensor(self.labels), torch.cat(landmarks), size
         if len(self) * 3 * size ** 2 <= memory:
-            images, which = zip(*threaded(self.readable, range(len(self)), "reading images"))
-            self.images, self.which = np.stack(images), np.array(which)
-            self.report(np.flatnonzero(self.which != np.arange(len(self))))
+            order = torch.arange(len(self)).split(512)
+            read = tqdm(self.loader(order), "reading images", len(order), leave=False)
+            self.images, self.which = (torch.cat(part).numpy() for part in zip(*read))
 
     def __len__(self):
         return len(self.paths)
@@ -340,7 +342,8 @@ class Faces(Dataset):
 
     def loader(self, order):
         """Yields (images, indices) of the batches of indices in `order`, decoded by workers if need be."""
-        workers = 0 if self.images is not None else processors()        # arrays come by pipe: no /dev/shm
+        quick = self.images is not None or len(self) <= 100
+        workers = 0 if quick else processors()                          # arrays come by pipe: no /dev/shm
         for images, i, wanted in DataLoader(self, batch_sampler=order, collate_fn=tuple, num_workers=workers):
             self.report(wanted[i != wanted])
             images = torch.from_numpy(images)

@@ -8,6 +8,7 @@ The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.
 OUT/leaks.csv (every image that comes too close to a real person, and to whom) and two pictures for each set.
 """
 import argparse
+import functools
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -193,16 +194,18 @@ def table(title, rows):
 
 def verify(recognisers, paths):
     """Verification on benchmarks {name: path}: rows of report.json, and text, in the field's order."""
-    models, rows = {}, {}
-    names = sorted(paths, key=[*FIELD, *paths].index)
-    for folder, (backbone, _, _) in recognisers.items():
-        test = lambda images, same: verification(pair_distances(backbone, images), same)
-        scores = {name: test(*read_benchmark(paths[name], backbone.config["size"])) for name in names}
+    models, rows = {folder: {} for folder in recognisers}, {}
+    for name in sorted(paths, key=[*FIELD, *paths].index):
+        read = functools.cache(functools.partial(read_benchmark, paths[name]))         # once for all
+        for folder, (backbone, _, _) in recognisers.items():
+            images, same = read(backbone.config["size"])
+            models[folder][name] = verification(pair_distances(backbone, images), same)
+    for folder, scores in models.items():
         average = float(np.mean([score["accuracy"] for score in scores.values()])) if scores else None
-        models[folder] = scores | {"average": average}
         rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
                         for name, score in scores.items()}
         rows[folder]["average"] = f"{100 * average:.2f}" if scores else None
+        scores["average"] = average
     absent = ", ".join(title for name, title in FIELD.items() if name not in paths) or "none"
     return models, table(f"Accuracy: mean ± standard deviation over folds, percent; absent: {absent}", rows)
 

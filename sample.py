@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -50,10 +49,10 @@ COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict", 
            "cos_own", "cos_nearest_real", "cos_nearest_image", "copy", "own_is_nearest", "quality"]
 
 
-def seeded(*what):
+def seeded(*what, device="cpu"):
     """A random generator that depends on `what` alone."""
     key = hashlib.blake2b(repr(what).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(key, "big"))
 
 
 def choose_poses(yaw, by_yaw, count, generator):
@@ -85,14 +84,15 @@ class Artist:
 
     def noise(self, row, index, attempt, _):
         """Standard normal numbers (D + 3 S S,) of a job, from its own seed."""
-        generator = seeded(self.args.seed, self.names[row], index, attempt)
-        return torch.randn(self.dit.dim + 3 * self.dit.size ** 2, generator=generator)
+        generator = seeded(self.args.seed, self.names[row], index, attempt, device=self.device)
+        return torch.randn(self.dit.dim + 3 * self.dit.size ** 2, generator=generator, device=self.device)
 
-    def draw(self, dit, jobs, noise):
+    def draw(self, dit, jobs):
         """Pictures uint8 (batch, 3, S, S), on the device; the last job fills up, for one shape of batch."""
-        jobs, noise = (some + some[-1:] * (self.args.batch - len(some)) for some in (jobs, noise))
+        jobs = jobs + jobs[-1:] * (self.args.batch - len(jobs))
         rows, _, _, poses = map(list, zip(*jobs))
-        direction, noise = torch.stack(noise).to(self.device).tensor_split([self.dit.dim], 1)
+        noise = torch.stack([self.noise(*job) for job in jobs])
+        direction, noise = noise.tensor_split([self.dit.dim], 1)
         # paper: each picture of the prototype itself; here: around it, because else pictures are too alike.
         w = around(self.W[rows], direction, self.prototypes.sigma2, self.args.spread)
         denoise = guided(dit, w, self.landmarks[poses].to(self.device), self.args.guidance)
@@ -134,29 +134,19 @@ def write_person(folder, rows, pictures):
 
 def draw_people(artist, wanted, out):
     """Draws and judges pictures of {row: count} people, rejected ones again, and writes them to `out`."""
-    # One queue runs over everybody: batches are full. Threads make the next noise and write complete people.
+    # One queue runs over everybody: batches are full.
     args, names = artist.args, artist.names
     dit = compiled(artist.dit, artist.device, sum(artist.people().values()) * args.steps)
     yaw, by_yaw = yaw_of(artist.landmarks).sort()
     first = ((row, index, 0, pose) for row in wanted for index, pose in enumerate(
         choose_poses(yaw, by_yaw, wanted[row], seeded(args.seed, names[row]))))
-    again, writing = collections.deque(), []                            # rejected jobs; people being written
     rows, drawn = collections.defaultdict(list), collections.defaultdict(dict)          # of incomplete people
+    settled, again = [], []                                             # judged, not written; rejected jobs
 
-    def next_batch():
-        while writing:
-            writing.pop().result()                                      # raises what went wrong in the thread
-        jobs = [again.popleft() for _ in range(min(len(again), args.batch))]
-        jobs += itertools.islice(first, args.batch - len(jobs))
-        return jobs, [pool.submit(artist.noise, *job) for job in jobs]
-
-    with ThreadPoolExecutor() as pool, tqdm(total=sum(wanted.values()), desc=out.name) as progress:
-        jobs, images = [], None                                         # drawn, not judged yet
-        while (upcoming := next_batch())[0] or jobs:
-            settled = zip(jobs, *artist.judge(jobs, images), images.cpu()) if jobs else []
-            jobs, noise = upcoming
-            if jobs:                                                    # a GPU draws them during what follows
-                images = artist.draw(dit, jobs, [numbers.result() for numbers in noise])
+    with tqdm(total=sum(wanted.values()), desc=out.name) as progress:
+        while (jobs := [*itertools.islice(itertools.chain(again, first), args.batch)]) or settled:
+            del again[:len(jobs)]
+            images = artist.draw(dit, jobs) if jobs else None           # a GPU does so during what follows
             for (row, index, attempt, pose), leak, score, image in settled:
                 rows[row].append([f"{names[row]}/{index:04d}.jpg", names[row], index, attempt, pose,
                                   "leak" if leak else "accepted", *map("{:.4f}".format, score)])
@@ -166,7 +156,8 @@ def draw_people(artist, wanted, out):
                 progress.update()
                 drawn[row][f"{index:04d}.jpg"] = None if leak else to_pil_image(image)
                 if len(drawn[row]) == wanted[row]:
-                    writing.append(pool.submit(write_person, out / names[row], rows.pop(row), drawn.pop(row)))
+                    write_person(out / names[row], rows.pop(row), drawn.pop(row))
+            settled = [*zip(jobs, *artist.judge(jobs, images), images.cpu())] if jobs else []
 
 
 def finish(artist, wanted, out):

@@ -754,7 +754,7 @@ def test_pictures_lie_around_their_prototype_as_far_as_asked(pipeline, monkeypat
     monkeypatch.setattr(sample, "guided", lambda dit, w, *_: seen.append(w) or (lambda x, t: x))
     for spread in ("0", "1"):
         artist = sample.Artist(sample.parser.parse_args(["--spread", spread, "--batch", "4"]), CPU)
-        artist.draw(artist.dit, jobs, [artist.noise(*job) for job in jobs])
+        artist.draw(artist.dit, jobs)
     (at, near), mean = torch.stack(seen) @ artist.W[24], 1 - artist.prototypes.sigma2.sum() / 2
     assert (at > 0.9999).all() and abs(near.mean() - mean) < 0.1 and len(near.unique()) == 4
     assert torch.equal(artist.W, artist.prototypes.eval().unit())                   # as a finished stage 1's
@@ -776,9 +776,9 @@ def rejecting(pipeline, tmp_path_factory):
     line = np.sort([float(cosine) for cosine in nearest])[6:8].mean()                   # between two of all
     flag, batches, draw = ("--max-real", f"{line:.5f}"), [], sample.Artist.draw
 
-    def spy(self, dit, jobs, noise):
+    def spy(self, dit, jobs):
         batches.append(list(jobs))
-        return draw(self, dit, jobs, noise)
+        return draw(self, dit, jobs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample.Artist, "draw", spy)
         return flag, sampled(pipeline, tmp_path_factory.mktemp("whole"), *flag), batches

@@ -166,7 +166,7 @@ def sampling(arch, batch, batches, virtual, steps, guidance):
 
         def one_batch():
             jobs = [(PEOPLE, index, 0, index) for index in range(batch)]
-            artist.judge(jobs, artist.draw(artist.dit, jobs, [artist.noise(*job) for job in jobs]))
+            artist.judge(jobs, artist.draw(artist.dit, jobs))
         flops = batches * flops_of(one_batch)
         if GPU:
             step(1)                                                     # compiles; later runs do not
