@@ -20,9 +20,9 @@ for seed in $seeds; do
     train runs/fr-virtual-$seed $epochs runs/virtual
     train runs/fr-both-$seed $((epochs / 2)) "$faces" runs/virtual
 done
+python "$home/evaluate.py"
 python "$home/sample.py" --real-to 4
 for seed in $seeds; do
     train runs/fr-filled-$seed $((epochs * 5 / 8)) "$faces" runs/real-aug
     train runs/fr-all-$seed $((epochs * 3 / 8)) "$faces" runs/virtual runs/real-aug
 done
-python "$home/evaluate.py"
