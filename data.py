@@ -304,7 +304,7 @@ class Faces(Dataset):
         self.paths, self.offsets = map(np.array, (self.paths, self.offsets))  # lists fill every worker
         self.labels, self.landmarks, self.size = torch.tensor(self.labels), torch.cat(landmarks), size
         if len(self) * 3 * size ** 2 <= memory:
-            order = torch.arange(len(self)).split(512)
+            order = torch.arange(len(self)).split(64)
             read = tqdm(self.loader(order), "reading images", len(order), leave=False)
             self.images, self.which = (torch.cat(part).numpy() for part in zip(*read))
 
