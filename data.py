@@ -343,7 +343,7 @@ class Faces(Dataset):
     def loader(self, order):
         """Yields (images, indices) of the batches of indices in `order`, decoded by workers if need be."""
         quick = self.images is not None or len(self) <= 100
-        workers = 0 if quick else processors()                          # arrays come by pipe: no /dev/shm
+        workers = 0 if quick else processors()                  # slow to start; arrays by pipe: no /dev/shm
         for images, i, wanted in DataLoader(self, batch_sampler=order, collate_fn=tuple, num_workers=workers):
             self.report(wanted[i != wanted])
             images = torch.from_numpy(images)

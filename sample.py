@@ -134,7 +134,7 @@ def write_person(folder, rows, pictures):
 
 def draw_people(artist, wanted, out):
     """Draws and judges pictures of {row: count} people, rejected ones again, and writes them to `out`."""
-    # One queue runs over everybody: batches are full.
+    # One queue runs over everybody: batches are full. Without threads: a GPU draws while files are written.
     args, names = artist.args, artist.names
     dit = compiled(artist.dit, artist.device, sum(artist.people().values()) * args.steps)
     yaw, by_yaw = yaw_of(artist.landmarks).sort()

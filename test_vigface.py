@@ -695,7 +695,7 @@ def test_benchmarks_take_a_tenth_of_the_time_at_most(pipeline, tmp_path, monkeyp
     monkeypatch.setattr(evaluate, "embed", lambda *given, **_: embedded.append(given) or embed(*given))
     lines = here("fr_train.py", "--data", pipeline[0] / "faces", "--batch", 8, "--epochs", 27, "--out", "fr",
                  cwd=tmp_path).split("epoch ")[1:]                              # at 108, 216, 324 steps
-    assert ["held" in line for line in lines] == [True, False, True] and len(embedded) == 2     # it alone
+    assert ["held" in line for line in lines] == [True, False, True] and len(embedded) == 2     # no faces
 
 
 def test_landmarks_are_found_on_the_way_and_kept_beside_the_run(tmp_path, monkeypatch):

@@ -188,7 +188,8 @@ def loading(batch, count=4000):
         next(batches)
         start = time.perf_counter()
         rate = sum(len(images) for images, _ in batches) / (time.perf_counter() - start)
-        print(f"{f'loading JPEG files, {processors()} workers, batch {batch}':60s} {rate:9.1f} img/s", flush=True)
+        name = f"loading JPEG files, {processors()} workers, batch {batch}"
+        print(f"{name:60s} {rate:9.1f} img/s", flush=True)
 
 
 def clean(function, *arguments):
