@@ -1,7 +1,6 @@
 """Faces: the demo people this file draws, image folders, landmarks, and verification benchmarks.
 
     python data.py align photos/ --out faces/           # identity/photo.jpg -> aligned 112 x 112 crops
-    python data.py landmarks casia/                     # of aligned faces, ahead of dit_train.py
 
 A source is a folder of identity/image.jpg, or InsightFace's train.rec and train.idx (identities are labels,
 files keys). It may hold landmarks.csv (file,x1,y1,...,x5,y5 in pixels: eyes, nose, mouth corners, left to
@@ -466,15 +465,12 @@ def align(photos, out, detector, device, size=112, smallest=40):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     flag = parser.add_argument
-    flag("task", choices=["align", "landmarks"], help="cut faces out of photographs, or find their landmarks")
-    flag("source", metavar="DIR", help="identity folders of photographs (align) or of faces; or train.rec")
-    flag("--out", metavar="DIR", help="folder of the aligned faces, or of stage 2 (default: faces, runs/dit)")
+    flag("task", choices=["align"], help="cut faces out of photographs")
+    flag("source", metavar="DIR", help="identity folders of photographs")
+    flag("--out", default="faces", metavar="DIR", help="folder of the aligned faces (default: %(default)s)")
     flag("--weights", metavar="PATH", help="those of RetinaFace (default: fetched)")
     args = parser.parse_args()
-    if args.task == "landmarks":
-        return complete_landmarks(Faces([args.source]), args.out or "runs/dit", args.weights, DEVICE)
-    out = args.out or "faces"
-    align(args.source, out, load_detector(args.weights, out, DEVICE), DEVICE)
+    align(args.source, args.out, load_detector(args.weights, args.out, DEVICE), DEVICE)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ their cosine to the own prototype: of virtual people it shows whether a space of
 """
 import argparse
 import copy
-import time
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Faces, batches, complete_landmarks
-from evaluate import baseline, embed_faces
+from evaluate import baseline, embed_faces, person_moment
 from model import (DEVICE, DIT_SIZES, DiT, autocast, compiled, digest, dit_loss, dpm_solver, embed, fail,
                    guided, load_recogniser, replace_file, resume, run, save_model, save_state,
                    stop_unless_finite, to_uint8)
@@ -59,7 +58,7 @@ def preview(path, dit, backbone, W, n, landmarks, seed, rows=4, columns=8):
 def main():
     args = parser.parse_args()
     backbone, prototypes, fr = load_recogniser(args.fr, DEVICE)
-    data, out, W = args.data or fr["data"], Path(args.out), prototypes.unit()
+    data, out = args.data or fr["data"], Path(args.out)
     faces = Faces(data, fr["config"]["size"])
     if unknown := sorted(faces.people.keys() - fr["names"]):
         fail(f"{args.fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on --data")
@@ -86,8 +85,9 @@ def main():
     seen = embed_faces(backbone, prototypes, faces, DEVICE, torch.randperm(len(faces))[:500_000])
     real = {"f": seen.f.half(), "labels": rows[seen.labels], "thumbs": seen.thumbs.half()}
     _, lines, _ = baseline(seen)
+    W = prototypes.unit(person_moment(seen.f, seen.labels))
 
-    losses, last_time = torch.zeros(2, device=DEVICE), time.time()
+    losses = torch.zeros(2, device=DEVICE)
     for step, x, labels, landmarks in batches(faces, batch, args.seed, first, steps, DEVICE, out.name):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
@@ -104,7 +104,6 @@ def main():
         if (step + 1) % every == 0 or step + 1 == steps:
             count = step % every + 1                                    # steps since the last line
             v_mean, identity_mean = stop_unless_finite((losses / count).tolist(), step + 1, out)
-            speed = batch * count / (time.time() - last_time)
             real_own, virtual_own = preview(out / f"preview-{step + 1:06d}.jpg", average, backbone, W,
                                             len(row_of), faces.landmarks, args.seed)
             poses = {"landmarks": faces.landmarks, "rows": rows.cpu()[faces.labels]}
@@ -113,8 +112,8 @@ def main():
                        step=step + 1, steps=steps)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
             tqdm.write(f"step {step + 1:6d}/{steps}  loss v {v_mean:.4f} identity {identity_mean:.4f}  "
-                       f"own cosine real {real_own:.3f} virtual {virtual_own:.3f}  {speed:5.0f} img/s")
-            losses, last_time = losses.zero_(), time.time()
+                       f"own cosine real {real_own:.3f} virtual {virtual_own:.3f}")
+            losses.zero_()
 
 
 if __name__ == "__main__":

@@ -95,6 +95,16 @@ def class_sums(f, labels):
     return torch.zeros(len(count), f.shape[1], device=f.device).index_add_(0, labels, f), count
 
 
+def person_moment(f, labels):
+    """The second moment (D, D) of people, of trace 1, as unit embeddings f (M, D) of their images show it:
+    the mean of f_i f_j^T over pairs of one person's images, which have nothing in common but the person."""
+    total, count = class_sums(f, labels)
+    weight = 1 / (count * (count - 1)).clamp(min=1)[:, None]
+    # People with one image add nothing to the difference; all images decide, by 1e-3, if nobody has two.
+    pairs = (total * weight).mT @ total - (f * weight[labels]).mT @ f + 1e-3 * f.mT @ f / len(f)
+    return pairs / pairs.trace()
+
+
 def consistency_separability(f, labels):
     """C, mean cosine of two images of a class (None without any); S, mean cosine distance of two centres."""
     total, count = class_sums(f, labels)

@@ -112,7 +112,7 @@ def main():
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 
     every = per_epoch * -(-100 // per_epoch)           # log and save at whole epochs, 100 steps apart
-    losses, last_time, next_test = torch.zeros(3, device=DEVICE), time.time(), 0.0
+    losses, next_test = torch.zeros(3, device=DEVICE), 0.0
     for step, x, labels, _ in batches(faces, batch, args.seed, first, steps, DEVICE, out.name):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
@@ -131,9 +131,8 @@ def main():
         if (step + 1) % every == 0 or step + 1 == steps:
             count = step % every + 1                                    # steps since the last line
             real, virtual, quality = stop_unless_finite((losses / count).tolist(), step + 1, out)
-            speed = batch * count / (time.time() - last_time)
             line = (f"epoch {(step + 1) // per_epoch}/{epochs}  loss real {real:.3f} virtual {virtual:.3f} "
-                    f"quality {quality:.3f}  lr {group['lr']:.4f}  {speed:5.0f} img/s")
+                    f"quality {quality:.3f}  lr {group['lr']:.4f}")
             weights = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
             save_model(out, "fr", backbone.config, weights, data=args.data, val=[str(path) for path in val],
                        free=args.free, names=list(faces.people), step=step + 1, steps=steps)
@@ -146,7 +145,7 @@ def main():
                 backbone.train()
                 next_test = time.time() + 9 * (time.time() - begun)
             tqdm.write(line)
-            losses, last_time = losses.zero_(), time.time()
+            losses.zero_()
     describe_prototypes(prototypes.eval().unit().detach(), n)
 
 

@@ -134,10 +134,10 @@ def embed(backbone, images, batch=256, unit=True):
 
 # -------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
 
-def moment(w, power):
-    """The second moment of vectors w (M, D) to a power, in double precision: (D, D); kept invertible."""
-    values, vectors = torch.linalg.eigh(w.mT.double() @ w.double() / len(w))
-    return (vectors * values.clamp(min=1e-6) ** power @ vectors.mT).float()
+def power(moment, exponent):
+    """A second moment (D, D) to a power, in double precision; kept invertible."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    return (vectors * values.clamp(min=1e-6) ** exponent @ vectors.mT).float()
 
 
 class Prototypes(nn.Module):
@@ -152,13 +152,15 @@ class Prototypes(nn.Module):
         self.register_buffer("norm_mean", torch.tensor(20.0))          # AdaFace: norms of real embeddings, as
         self.register_buffer("norm_std", torch.tensor(100.0))           # published before the first step
 
-    def unit(self):
+    def unit(self, people=None):
         """All prototypes on the unit sphere, (n + k, D), real ones first. paper: virtual ones free; here, but
-        with `free`: in training mode seen through the real ones' second moment, because free ones go where no
-        face is; in eval mode given that moment, which repelling everybody has kept them from."""
+        with `free`: in training seen through the real ones' second moment, because free ones go where no face
+        is; to draw them, given the second moment of people (D, D): no prototype of few images shows it."""
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if len(virtual) and not self.free:
-            seen = real.mT @ real if self.training else moment(virtual, -0.5) @ moment(real, 0.5)
+            seen = real.mT @ real
+            if people is not None:
+                seen = power(virtual.mT @ virtual / len(virtual), -0.5) @ power(people, 0.5)
             virtual = F.normalize(virtual @ seen.detach())
         return torch.cat([real, virtual])
 

@@ -26,7 +26,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import read_image, write_csv, write_landmarks, yaw_of
-from evaluate import FaceSet, nearest, resemblance, thumbnails
+from evaluate import FaceSet, nearest, person_moment, resemblance, thumbnails
 from model import (DEVICE, DiT, around, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
                    load_model, load_recogniser, reading, replace_file, run, same_settings, to_uint8)
 
@@ -74,11 +74,11 @@ class Artist:
         self.backbone, self.prototypes, fr = load_recogniser(args.fr, device)
         if digest(args.fr) != meta["fr_sha256"]:
             fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it, or train again")
-        self.W, self.n = self.prototypes.unit(), len(self.prototypes.real)
         self.landmarks, self.owners = tensors["poses.landmarks"], tensors["poses.rows"]
-        self.names = [*fr["names"], *(f"v{i:06d}" for i in range(len(self.W) - self.n))]
         f, labels, thumbs = (tensors[f"real.{name}"].to(device) for name in ("f", "labels", "thumbs"))
         self.real, self.lines = FaceSet(f.float(), labels, thumbs.float()), meta["lines"]
+        self.W, self.n = self.prototypes.unit(person_moment(f.float(), labels)), len(self.prototypes.real)
+        self.names = [*fr["names"], *(f"v{i:06d}" for i in range(len(self.W) - self.n))]
         if args.max_real is not None:
             self.lines |= {"centre": args.max_real, "image": args.max_real}
 

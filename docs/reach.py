@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import PERSON, PICTURE, draw_faces
+from evaluate import person_moment
 from model import DiT, autocast, build, dpm_solver, embed, guided, load_model, load_recogniser, to_uint8
 
 device, count = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 100
@@ -20,7 +21,8 @@ torch.manual_seed(99)
 backbone, prototypes, _ = load_recogniser("runs/fr", device)
 tensors, meta = load_model("runs/dit", "dit")
 dit = build(DiT, tensors, "dit", meta["config"], "runs/dit").to(device).eval()
-poses, W, n = tensors["poses.landmarks"], prototypes.unit(), len(prototypes.real)
+people = person_moment(tensors["real.f"].float(), tensors["real.labels"]).to(device)
+poses, W, n = tensors["poses.landmarks"], prototypes.unit(people), len(prototypes.real)
 
 who = torch.rand(count, sum(PERSON.values())).repeat_interleave(8, 0)
 new = torch.cat([draw_faces(some, torch.rand(len(some), sum(PICTURE.values())), dit.size)[0]
