@@ -155,7 +155,8 @@ class Prototypes(nn.Module):
     def unit(self, people=None):
         """All prototypes on the unit sphere, (n + k, D), real ones first. paper: virtual ones free; here, but
         with `free`: in training seen through the real ones' second moment, because free ones go where no face
-        is; to draw them, given the second moment of people (D, D): no prototype of few images shows it."""
+        is; to be drawn, given the second moment of people (D, D), because prototypes of few images differ as
+        photographs do."""
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if len(virtual) and not self.free:
             seen = real.mT @ real
@@ -546,7 +547,7 @@ def load_recogniser(path, device, bgr=False):
         n, k = (len(tensors.get(f"prototypes.{kind}", ())) for kind in ("real", "virtual"))
         arguments = dict(n=n, k=k, dim=meta["config"]["dim"], free=meta["free"])
         prototypes = build(Prototypes, tensors, "prototypes", arguments, path)
-    return backbone.to(device, memory_format=torch.channels_last).eval(), prototypes.to(device).eval(), meta
+    return backbone.to(device, memory_format=torch.channels_last).eval(), prototypes.to(device), meta
 
 
 def same_settings(path, before, now):
