@@ -78,7 +78,7 @@ def describe_prototypes(W, n):
     for kind, some in (("real", cosine[:n]), ("virtual", cosine[n:])):
         if len(some):
             over = (some > 0.9).float().mean().item()
-            print(f"{kind} prototypes in training: cosine to the nearest other {some.mean():.3f} in the mean, "
+            print(f"{kind} prototypes in training: cosine to the nearest {some.mean():.3f} in the mean, "
                   f"99 % below {quantile(some, 0.99):.3f}; {over:.1%} coincide (over 0.9)")
             if over > 0.01:
                 print("WARNING: nobody can tell these people apart any more; lower --lr, or clean the data")
