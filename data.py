@@ -50,12 +50,6 @@ def move(points, scale, shift):
     return torch.view_as_real(scale * torch.view_as_complex(points.contiguous()) + shift)
 
 
-def yaw_of(landmarks):
-    """How far faces (M, 5, 2) look aside: the nose's offset from between the eyes, in eye distances (M,)."""
-    left, right, nose = landmarks[:, :3, 0].unbind(1)
-    return (nose - (left + right) / 2) / (right - left).abs().clamp(min=1e-3)
-
-
 # ------------------------------------------------------------------------------------------ the demo's people
 #
 # One face, painted on an ellipsoid with bumps, whose numbers vary independently: virtual people can differ

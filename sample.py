@@ -25,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import read_image, write_csv, write_landmarks, yaw_of
+from data import read_image, write_csv, write_landmarks
 from evaluate import FaceSet, nearest, person_moment, resemblance, thumbnails
 from model import (DEVICE, DiT, around, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
                    load_model, load_recogniser, reading, replace_file, run, same_settings, to_uint8)
@@ -49,18 +49,9 @@ COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict", 
            "cos_own", "cos_nearest_real", "cos_nearest_image", "copy", "own_is_nearest", "quality"]
 
 
-def seeded(*what, device="cpu"):
-    """A random generator that depends on `what` alone."""
-    key = hashlib.blake2b(repr(what).encode(), digest_size=7).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(key, "big"))
-
-
-def choose_poses(yaw, by_yaw, count, generator):
-    """Indices of `count` training faces; faces by_yaw (M,) have these yaws (M,), rising."""
-    # paper: unstated how; here: even over the middle 99 % of yaws, because few training faces look aside.
-    low, high = yaw[int(0.005 * len(yaw))], yaw[int(0.995 * len(yaw))]
-    wanted = low + (high - low) * (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return by_yaw[torch.searchsorted(yaw, wanted).clamp(max=len(yaw) - 1)].tolist()
+def seed_of(*what):
+    """A number that depends on `what` alone."""
+    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=7).digest(), "big")
 
 
 class Artist:
@@ -84,7 +75,8 @@ class Artist:
 
     def noise(self, row, index, attempt, _):
         """Standard normal numbers (D + 3 S S,) of a job, from its own seed."""
-        generator = seeded(self.args.seed, self.names[row], index, attempt, device=self.device)
+        seed = seed_of(self.args.seed, self.names[row], index, attempt)
+        generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(self.dit.dim + 3 * self.dit.size ** 2, generator=generator, device=self.device)
 
     def draw(self, dit, jobs):
@@ -137,9 +129,9 @@ def draw_people(artist, wanted, out):
     # One queue runs over everybody: batches are full. Without threads: a GPU draws while files are written.
     args, names = artist.args, artist.names
     dit = compiled(artist.dit, artist.device, sum(artist.people().values()) * args.steps)
-    yaw, by_yaw = yaw_of(artist.landmarks).sort()
-    first = ((row, index, 0, pose) for row in wanted for index, pose in enumerate(
-        choose_poses(yaw, by_yaw, wanted[row], seeded(args.seed, names[row]))))
+    # paper: unstated how; here: poses of any training faces, because even over yaw they taught no more.
+    first = ((row, index, 0, seed_of(args.seed, names[row], index) % len(artist.landmarks))
+             for row in wanted for index in range(wanted[row]))
     rows, drawn = collections.defaultdict(list), collections.defaultdict(dict)          # of incomplete people
     settled, again = [], []                                             # judged, not written; rejected jobs
 
