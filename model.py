@@ -155,12 +155,13 @@ class Prototypes(nn.Module):
     def unit(self, people=None):
         """All prototypes on the unit sphere, (n + k, D), real ones first. paper: virtual ones free; here, but
         with `free`: in training seen through the real ones' second moment, because free ones go where no face
-        is; to be drawn, given the second moment of people (D, D), because prototypes of few images differ as
-        photographs do."""
+        is; to be drawn, given a third of the second moment of people (D, D) and two thirds of theirs, because
+        prototypes of few images differ as photographs do, but people alone would crowd."""
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if len(virtual) and not self.free:
             seen = real.mT @ real
             if people is not None:
+                people = people.lerp(seen / len(real), 2 / 3)
                 seen = power(virtual.mT @ virtual / len(virtual), -0.5) @ power(people, 0.5)
             virtual = F.normalize(virtual @ seen.detach())
         return torch.cat([real, virtual])

@@ -14,7 +14,7 @@ train() {                                       # OUT EPOCHS DATA...: a recognis
 }
 python "$home/fr_train.py" --data "$faces" --val $benchmarks --size $size --epochs $epochs
 python "$home/dit_train.py" $dit
-python "$home/sample.py" --virtual 6000 --per-id 4
+python "$home/sample.py" --virtual 1500 --per-id 16
 for seed in $seeds; do
     train runs/fr-real-$seed $epochs "$faces"
     train runs/fr-virtual-$seed $epochs runs/virtual
