@@ -155,8 +155,8 @@ class Prototypes(nn.Module):
     def unit(self, people=None):
         """All prototypes on the unit sphere, (n + k, D), real ones first. paper: virtual ones free; here, but
         with `free`: in training seen through the real ones' second moment, because free ones go where no face
-        is; to be drawn, given a third of the second moment of people (D, D) and two thirds of theirs, because
-        prototypes of few images differ as photographs do, but people alone would crowd."""
+        is; to be drawn, given that moment by two thirds and by a third that of people (D, D), because
+        prototypes of few images differ as photographs do, but with that of people alone they crowd."""
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if len(virtual) and not self.free:
             seen = real.mT @ real
