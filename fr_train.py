@@ -30,13 +30,13 @@ flag("--arch", choices=FR_ARCHS, help="network (default: tiny up to 64 pixels, i
 flag("--head", choices=MARGINS, default="arcface", help="margin (default: %(default)s)")
 flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as many as real identities)")
 flag("--free", action="store_true", help="virtual prototypes as in the paper, free vectors (default: off)")
-flag("--epochs", type=int, help="(default: 26 for ir_se50, 6 for tiny; more if under 1,250 steps)")
-flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for tiny)")
+flag("--epochs", type=int, help="(default: 26 for ir_se50, 6 for others; more if under 1,250 steps)")
+flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for others)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 # Epochs, batch, scale of the margin loss: at 64, as published, the tiny network cannot keep the margin.
-RECIPES = {"tiny": (6, 128, 32.0), "ir_se50": (26, 512, 64.0)}
+RECIPES = {"tiny": (6, 128, 32.0), "small": (6, 128, 32.0), "ir_se50": (26, 512, 64.0)}
 
 
 def learning_rate(step, steps, warmup, peak):

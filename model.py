@@ -118,7 +118,8 @@ class Recogniser(nn.Module):
         return self.output_layer(x)                                     # (B, D)
 
 
-FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0), "ir_se50": dict()}
+FR_ARCHS = {"tiny": dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0),
+            "small": dict(dim=256, width=32, units=(1, 2, 2, 1), dropout=0.0), "ir_se50": dict()}
 
 
 @torch.no_grad()

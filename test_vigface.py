@@ -100,6 +100,13 @@ def test_without_a_compiler_networks_run_uncompiled_and_one_line_says_so(monkeyp
 
 # -------------------------------------------------------------------------------- recogniser and prototypes
 
+def test_every_network_has_a_recipe_and_gives_embeddings_of_its_width():
+    assert model.FR_ARCHS.keys() == fr_train.RECIPES.keys()
+    for config in model.FR_ARCHS.values():
+        net = model.Recogniser(size=32, **config).eval()
+        assert net(torch.zeros(2, 3, 32, 32)).shape == (2, net.config["dim"])
+
+
 @pytest.mark.parametrize("cosine", [0.9, 0.2, -0.5, -0.95, 1.0, -1.0])
 def test_arcface_against_the_definition(cosine):
     cos = torch.tensor([[0.3, cosine, -0.1]], dtype=torch.float64, requires_grad=True)
