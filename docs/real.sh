@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Real faces, all rows: bash docs/real.sh FOLDER FACES "BENCHMARK.bin ..." [SIZE [DIT [SEEDS [EPOCHS [FR]]]]]
-# A recogniser with the flags FR and a DiT with the flags DIT are trained on FACES; then, for each seed, five
-# recognisers with one recipe and about as many steps: real only, virtual only, both, real with real-ID fill-up, all.
-# What is finished is not done again.
+# A recogniser and a DiT with the flags DIT are trained on FACES; then, for each seed, five recognisers with one recipe
+# and about as many steps: real only, virtual only, both, real with real-ID fill-up, all. Every recogniser has the flags
+# FR. What is finished is not done again.
 set -euo pipefail
 home=$(cd "$(dirname "$0")/.." && pwd)
 faces=$(realpath "$2") benchmarks=$(realpath $3) size=${4:-32}
@@ -10,7 +10,7 @@ dit=${5:-"--steps 3000"} seeds=${6:-"0 1 2"} epochs=${7:-8} fr=${8:-}
 mkdir -p "$1" && cd "$1"
 train() {                                       # OUT EPOCHS DATA...: a recogniser without virtual prototypes
     [ -e "$1/done" ] && return
-    python "$home/fr_train.py" --out "$1" --epochs "$2" --data "${@:3}" --val $benchmarks --size $size --virtual 0 --seed $seed
+    python "$home/fr_train.py" --out "$1" --epochs "$2" --data "${@:3}" --val $benchmarks --size $size --virtual 0 --seed $seed $fr
     rm "$1/state.pt" && touch "$1/done"
 }
 python "$home/fr_train.py" --data "$faces" --val $benchmarks --size $size --epochs $epochs $fr
