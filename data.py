@@ -6,7 +6,6 @@ A source is a folder of identity/image.jpg, or InsightFace's train.rec and train
 files keys). It may hold landmarks.csv (file,x1,y1,...,x5,y5 in pixels: eyes, nose, mouth corners, left to
 right) and *.bin benchmarks. The source `demo` is drawn into runs/demo, as just such a folder, on first use.
 """
-import argparse
 import contextlib
 import csv
 import functools
@@ -28,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from model import DEVICE, RetinaFace, detect_faces, fail, load_published, reading, replace_file, run, to_float
+from model import (DEVICE, RetinaFace, build, detect_faces, fail, options, read_published, reading,
+                   replace_file, run, to_float)
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -142,7 +142,7 @@ def write_csv(path, header, rows):
     """Writes a CSV file."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    replace_file(path, lambda temporary: temporary.write_text(text.getvalue()))
+    replace_file(path, lambda temporary: temporary.write_bytes(os.fsencode(text.getvalue())))
 
 
 def write_landmarks(path, rows):
@@ -261,14 +261,16 @@ def open_source(name):
     root = Path("runs/demo" if name == "demo" else name)
     if name == "demo" and not root.is_dir():
         draw_demo(root)
+    if (root / "run.json").is_file() and not (root / "manifest.csv").is_file():
+        fail(f"{root}: sample.py has not finished it; give its command again")
     return root
 
 
 def read_landmarks(root, paths, side):
-    """Landmarks (M, 5, 2) in [0, 1] of the files root/name, `side` wide; NaN where landmarks.csv has none."""
+    """Landmarks (M, 5, 2) in [0, 1] of files root/name of sides (2,); NaN where landmarks.csv has none."""
     path = root / "landmarks.csv"
     with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"):
-        lines = path.read_text().splitlines()[1:] if path.is_file() else []
+        lines = os.fsdecode(path.read_bytes()).splitlines()[1:] if path.is_file() else []
         table = {f"{root}/{name}": np.array(numbers[:10], np.float32) for name, *numbers in csv.reader(lines)}
         rows = [table.get(os.fsdecode(file), [np.nan] * 10) for file in paths]
         return torch.from_numpy(np.array(rows, np.float32)).view(-1, 5, 2) / side
@@ -288,12 +290,14 @@ class Faces(Dataset):
             records = [*list_records(root / "train.rec")] if (root / "train.rec").is_file() else []
             images = [(name.split("/")[0], name, -1) for name in list_images(root)]
             found = records + images or fail(f"{root}: no such folder or no images identity/image.jpg")
+            if both := len({identity for identity, _, _ in found} & self.people.keys()):
+                print(f"{root}: {both} of its people are also in the sources before it, by their names")
             self.labels += [self.people.setdefault(identity, len(self.people)) for identity, _, _ in found]
             self.paths += [os.fsencode(f"{root}/{name}") for _, name, _ in found]
             self.offsets += [offset for _, _, offset in found]
-            side = self.readable(first)[0].shape[2]                     # as stored, while self.size is None
+            side = torch.tensor(self.readable(first)[0].shape[:0:-1])   # as stored: width, height
             landmarks.append(read_landmarks(root, self.paths[first:], side))
-            size = size or side
+            size = size or int(side[0])
         self.paths, self.offsets = map(np.array, (self.paths, self.offsets))  # lists fill every worker
         self.labels, self.landmarks, self.size = torch.tensor(self.labels), torch.cat(landmarks), size
         if len(self) * 3 * size ** 2 <= memory:
@@ -335,8 +339,8 @@ class Faces(Dataset):
 
     def loader(self, order):
         """Yields (images, indices) of the batches of indices in `order`, decoded by workers if need be."""
-        quick = self.images is not None or len(self) <= 100
-        workers = 0 if quick else processors()                  # slow to start; arrays by pipe: no /dev/shm
+        # Workers are slow to start, and send arrays by pipe: no /dev/shm.
+        workers = 0 if self.images is not None or len(self) <= 100 else processors()
         for images, i, wanted in DataLoader(self, batch_sampler=order, collate_fn=tuple, num_workers=workers):
             self.report(wanted[i != wanted])
             images = torch.from_numpy(images)
@@ -372,7 +376,7 @@ def load_detector(weights, folder, device):
         path.parent.mkdir(parents=True, exist_ok=True)
         with reading(WEIGHTS_URL, f"to fetch it (or put that file at {path}, or name it with --weights)"):
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_SHA256)
-    return load_published(RetinaFace(), path).to(device, memory_format=torch.channels_last).eval()
+    return build(RetinaFace, read_published(path), "net", path).to(device, memory_format=torch.channels_last)
 
 
 def crop_landmarks(detector, images):
@@ -394,11 +398,10 @@ def complete_landmarks(faces, folder, weights, device):
     missing = faces.landmarks[:, 0, 0].isnan().nonzero()[:, 0]
     if not len(missing):
         return
-    detector = None
+    detector = load_detector(weights, folder, device)
     for part in tqdm(missing.split(4096), "landmarks", leave=False):
         path = Path(folder, "landmarks", hashlib.sha256(faces.paths[part]).hexdigest()).with_suffix(".pt")
         if not path.is_file():
-            detector = detector or load_detector(weights, folder, device)
             found = [crop_landmarks(detector, x.to(device)) for x, _ in faces.loader(part.split(64))]
             replace_file(path, lambda temporary: torch.save(torch.cat(found), temporary))
         with reading(path, "landmarks that this script found; delete it"):
@@ -457,8 +460,7 @@ def align(photos, out, detector, device, size=112, smallest=40):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    flag = parser.add_argument
+    parser, flag = options(__doc__)
     flag("task", choices=["align"], help="cut faces out of photographs")
     flag("source", metavar="DIR", help="identity folders of photographs")
     flag("--out", default="faces", metavar="DIR", help="folder of the aligned faces (default: %(default)s)")

@@ -2,11 +2,11 @@
 
     python dit_train.py                                     # on the data and prototypes of runs/fr
 
-Writes OUT/model.safetensors (averaged weights, and poses for sample.py), OUT/state.pt, from which the same
-command continues a run that was killed, and OUT/preview-STEP.jpg, four real and four virtual people. Watch
-their cosine to the own prototype: of virtual people it shows whether a space of people was learned.
+Writes OUT/model.safetensors (averaged weights, and poses and embeddings of real faces for sample.py),
+OUT/state.pt, from which the same command continues a run that was killed, and OUT/preview-STEP.jpg, four
+real and four virtual people at guidance 2. Watch their cosine to the own prototype: of virtual people it
+shows whether a space of people was learned.
 """
-import argparse
 import copy
 from pathlib import Path
 
@@ -17,11 +17,10 @@ from tqdm import tqdm
 from data import Faces, batches, complete_landmarks
 from evaluate import baseline, embed_faces, person_moment
 from model import (DEVICE, DIT_SIZES, DiT, autocast, compiled, digest, dit_loss, dpm_solver, embed, fail,
-                   guided, load_recogniser, replace_file, resume, run, save_model, save_state,
+                   guided, load_recogniser, options, replace_file, resume, run, save_model, save_state,
                    stop_unless_finite, to_uint8)
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-flag = parser.add_argument
+parser, flag = options(__doc__)
 flag("--fr", default="runs/fr", metavar="DIR", help="the recogniser's run folder (default: %(default)s)")
 flag("--data", nargs="+", metavar="DIR", help="image folders (default: those of --fr)")
 flag("--out", default="runs/dit", metavar="DIR", help="run folder (default: %(default)s)")
@@ -58,7 +57,7 @@ def preview(path, dit, backbone, W, n, landmarks, seed, rows=4, columns=8):
 def main():
     args = parser.parse_args()
     backbone, prototypes, fr = load_recogniser(args.fr, DEVICE)
-    data, out = args.data or fr["data"], Path(args.out)
+    data, out = args.data or fr["data"] or fail(f"{args.fr}: no run of fr_train.py"), Path(args.out)
     faces = Faces(data, fr["config"]["size"])
     if unknown := sorted(faces.people.keys() - fr["names"]):
         fail(f"{args.fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on --data")
@@ -70,6 +69,7 @@ def main():
     steps, batch, lr = args.steps or steps, min(args.batch or batch, len(faces)), args.lr or lr
     every = min(5000, -(-steps // 6))
 
+    complete_landmarks(faces, out, args.weights, DEVICE)
     torch.manual_seed(args.seed)
     dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[size]).to(DEVICE)
     average = copy.deepcopy(dit).requires_grad_(False)
@@ -80,7 +80,6 @@ def main():
                              "fr": digest(args.fr), "out": ""}
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
     first = resume(out / "state.pt", settings, modules)
-    complete_landmarks(faces, out, args.weights, DEVICE)
     # What sample.py draws must be clean by the rule of evaluate.py: it gets the real faces as that sees them.
     seen = embed_faces(backbone, prototypes, faces, DEVICE, torch.randperm(len(faces))[:500_000])
     real = {"f": seen.f.half(), "labels": rows[seen.labels], "thumbs": seen.thumbs.half()}
@@ -98,12 +97,12 @@ def main():
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_([*average.parameters()], [*dit.parameters()], 1 - decay)
+        torch._foreach_lerp_([*average.parameters()], [p.detach() for p in dit.parameters()], 1 - decay)
         losses += torch.stack([mse, identity]).detach()
 
         if (step + 1) % every == 0 or step + 1 == steps:
-            count = step % every + 1                                    # steps since the last line
-            v_mean, identity_mean = stop_unless_finite((losses / count).tolist(), step + 1, out)
+            # Means over the steps since the last line.
+            v_mean, identity_mean = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             real_own, virtual_own = preview(out / f"preview-{step + 1:06d}.jpg", average, backbone, W,
                                             len(row_of), faces.landmarks, args.seed)
             poses = {"landmarks": faces.landmarks, "rows": rows.cpu()[faces.labels]}

@@ -7,7 +7,6 @@
 The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.md (the tables it prints),
 OUT/leaks.csv (every image that comes too close to a real person, and to whom) and two pictures for each set.
 """
-import argparse
 import functools
 import json
 from collections import namedtuple
@@ -21,10 +20,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Faces, read_benchmark, write_csv
-from model import DEVICE, embed, fail, load_recogniser, replace_file, run
+from model import DEVICE, embed, fail, load_recogniser, options, replace_file, run
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-flag = parser.add_argument
+parser, flag = options(__doc__)
 flag("--fr", nargs="+", metavar="PATH", help="run folders or published .pth (default: every runs/fr*)")
 flag("--bgr", action="store_true", help="published recognisers read BGR images (default: RGB)")
 flag("--pairs", nargs="+", metavar="BIN", help="benchmarks (default: those of the first recogniser)")
@@ -229,6 +227,8 @@ def main():
     sources = args.real or meta["data"]
     drawn = [path.parent.as_posix() for path in Path("runs").glob("virtual/manifest.csv") if sources]
     datasets = drawn if args.datasets is None else args.datasets
+    if args.strict and not datasets:
+        fail("--strict: there is no set to judge; sample one, or name it with --datasets")
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
     models, text = verify(recognisers, {Path(path).stem: path for path in args.pairs or meta["val"]})
@@ -239,12 +239,12 @@ def main():
         see = lambda names: embed_faces(backbone, prototypes, Faces(names, backbone.config["size"]), DEVICE)
         real = see(sources)
         strangers, lines, cap = baseline(real)
-        for name in datasets:
+        for number, name in enumerate(datasets, 1):
             data = see([name])
             found = resemblance(data, real)
             report["datasets"][name] = judge(data, found, lines, prototypes)
             leaks += ([name, *row] for row in offenders(data, found, lines, real))
-            draw_pictures(out / Path(name).name, data, found, real, strangers, lines["centre"])
+            draw_pictures(out / f"{number}-{Path(name).name}", data, found, real, strangers, lines["centre"])
         report["real"] = judge(real, strangers, lines, prototypes)
         report["real"]["leakage"]["verdict"] = "baseline"
         rows = report["datasets"] | {"the real faces": report["real"]}
@@ -254,7 +254,7 @@ def main():
                       {name: row["leakage"] for name, row in rows.items()})
     write_csv(out / "leaks.csv", ["dataset", "file", "test", "similarity", "person", "image"], leaks)
     replace_file(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
-    replace_file(out / "report.md", lambda path: path.write_text(text))
+    replace_file(out / "report.md", lambda path: path.write_bytes(text.encode()))
     print(f"{text}wrote {out / 'report.json'}, report.md, leaks.csv and pictures")
     if args.strict and any(row["leakage"]["verdict"] == "leaks" for row in report["datasets"].values()):
         raise SystemExit(3)

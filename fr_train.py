@@ -6,9 +6,7 @@
 
 Writes OUT/model.safetensors, and OUT/state.pt, from which the same command continues a run that was killed.
 """
-import argparse
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -17,11 +15,10 @@ from tqdm import tqdm
 
 from data import Faces, batches, open_source, read_benchmark
 from evaluate import nearest, pair_distances, quantile, verification
-from model import (DEVICE, FR_ARCHS, MARGINS, Prototypes, Recogniser, autocast, compiled, fail, resume, run,
-                   save_model, save_state, stop_unless_finite, vigface_loss, virtual_batch_size)
+from model import (DEVICE, FR_ARCHS, MARGINS, Prototypes, Recogniser, autocast, compiled, fail, options,
+                   resume, run, save_model, save_state, stop_unless_finite, vigface_loss, virtual_batch_size)
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-flag = parser.add_argument
+parser, flag = options(__doc__)
 flag("--data", nargs="+", default=["demo"], metavar="DIR", help="folders, united by identity (default: demo)")
 flag("--val", nargs="+", metavar="BIN", help="benchmarks (default: the *.bin beside the data)")
 flag("--out", default="runs/fr", metavar="DIR", help="run folder (default: %(default)s)")
@@ -92,8 +89,9 @@ def main():
     args.arch = args.arch or ("tiny" if size <= 64 else "ir_se50")
     epochs, batch, scale = RECIPES[args.arch]
     batch = min(args.batch or batch, len(faces))
-    if min(n, batch) < 2 or size % 16 or size < 32:
-        fail(f"{n} people, --batch {batch}, --size {size}: expected 2 or more, 2 or more, a multiple of 16")
+    if min(n, batch) < 2 or size % 16 or size < 32 or min(k, args.epochs or 0) < 0:
+        fail(f"{n} people, --batch {batch}, --size {size}, --virtual {k}, --epochs {args.epochs}: "
+             "expected 2 or more, 2 or more, a multiple of 16, 0 or more, 1 or more")
     per_epoch = len(faces) // batch
     epochs = args.epochs or max(epochs, -(-1250 // per_epoch))
     steps = epochs * per_epoch
@@ -111,14 +109,15 @@ def main():
     first = resume(out / "state.pt", settings, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 
-    every = per_epoch * -(-100 // per_epoch)           # log and save at whole epochs, 100 steps apart
-    losses, next_test = torch.zeros(3, device=DEVICE), 0.0
+    # Tests, logs and saves at whole epochs, a tenth of the run or more apart, and 100 steps or more.
+    every = per_epoch * -(-max(1000, steps) // (10 * per_epoch))
+    losses = torch.zeros(3, device=DEVICE)
     for step, x, labels, _ in batches(faces, batch, args.seed, first, steps, DEVICE, out.name):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
         with autocast(DEVICE):
             f = fast(augment(x))
-        # paper: full margin at once; here: over a tenth of the run, because prototypes fell together.
+        # paper: unstated; here: the margin grows over a tenth of the run, else prototypes fell together.
         parts = vigface_loss(f, labels, prototypes, virtual_batch_size(step, k, batch, n), args.head,
                              ramp=min(1, 10 * step / steps), scale=scale)
         sum(parts).backward()
@@ -129,21 +128,18 @@ def main():
         losses += torch.stack(parts).detach()
 
         if (step + 1) % every == 0 or step + 1 == steps:
-            count = step % every + 1                                    # steps since the last line
-            real, virtual, quality = stop_unless_finite((losses / count).tolist(), step + 1, out)
+            # Means over the steps since the last line.
+            real, virtual, quality = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             line = (f"epoch {(step + 1) // per_epoch}/{epochs}  loss real {real:.3f} virtual {virtual:.3f} "
                     f"quality {quality:.3f}  lr {group['lr']:.4f}")
             weights = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
             save_model(out, "fr", backbone.config, weights, data=args.data, val=[str(path) for path in val],
                        free=args.free, names=list(faces.people), step=step + 1, steps=steps)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
-            begun = time.time()
-            if begun > next_test or step + 1 == steps:                  # at most a tenth of the time
-                backbone.eval()
-                for name, (images, same) in benchmarks.items():
-                    line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
-                backbone.train()
-                next_test = time.time() + 9 * (time.time() - begun)
+            backbone.eval()
+            for name, (images, same) in benchmarks.items():
+                line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
+            backbone.train()
             tqdm.write(line)
             losses.zero_()
     describe_prototypes(prototypes.unit().detach(), n)

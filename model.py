@@ -4,12 +4,14 @@ Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual
 width. Images inside the networks are RGB in [-1, 1], (B, 3, S, S); landmarks are (B, 5, 2), x and y in [0, 1]
 of the image: left eye, right eye, nose, left and right mouth corner (left and right of the image).
 """
+import argparse
 import contextlib
 import hashlib
 import json
 import math
 import os
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +34,12 @@ def fail(message):
     raise SystemExit(2)
 
 
+def options(doc):
+    """A parser that shows a script's docstring as it is written, and what adds a flag to it."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return parser, parser.add_argument
+
+
 @contextlib.contextmanager
 def reading(path, expected):
     """Ends the program with one line if the block fails: a file can break in any way."""
@@ -52,9 +60,9 @@ def to_uint8(images):
 
 
 def autocast(device):
-    """bf16 autocast where bf16 is fast: CUDA GPUs, and CPUs with AVX512-BF16 or AMX; plain fp32 elsewhere."""
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()       # CPUs with AMX have it too
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    """bf16 autocast where bf16 is fast: GPUs since Ampere, CPUs with AVX512-BF16 or AMX; fp32 elsewhere."""
+    gpu, cpu = torch.cuda.is_bf16_supported, torch.cpu._is_avx512_bf16_supported    # with AMX, too
+    return torch.autocast(device.type, torch.bfloat16, enabled=gpu(False) if device.type == "cuda" else cpu())
 
 
 def compiled(module, device, images):
@@ -85,12 +93,13 @@ class SqueezeExcite(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """The improved residual unit of ArcFace: BN-conv-BN-PReLU-conv(stride)-BN-SE beside a shortcut."""
-    def __init__(self, c_in, c_out, stride):
+    """The improved residual unit of ArcFace: BN-conv-BN-PReLU-conv(stride)-BN(-SE) beside a shortcut."""
+    def __init__(self, c_in, c_out, stride, se):
         super().__init__()
         self.res_layer = nn.Sequential(
             nn.BatchNorm2d(c_in), *conv(c_in, c_out), nn.PReLU(c_out), *conv(c_out, c_out, stride=stride))
-        self.res_layer.add_module("se_block", SqueezeExcite(c_out))
+        if se:
+            self.res_layer.add_module("se_block", SqueezeExcite(c_out))
         self.shortcut_layer = nn.MaxPool2d(1, stride) if c_in == c_out else conv(c_in, c_out, 1, stride)
 
     def forward(self, x):
@@ -98,15 +107,17 @@ class ResidualUnit(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """f: images (B, 3, S, S) -> embeddings (B, D); IR-SE50, with the keys of published AdaFace weights."""
-    def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3), dropout=0.4, bgr=False):
+    """f: images (B, 3, S, S) -> embeddings (B, D); IR-SE50, with the keys of published AdaFace weights.
+
+    Those are of R18, R50 and R100: other `units`, no `se`, and trained on `bgr` images."""
+    def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3), dropout=0.4, se=True, bgr=False):
         super().__init__()
         self.config = dict(size=size, dim=dim, width=width, units=units, dropout=dropout)
-        self.bgr = bgr                                      # some published networks were trained on BGR
+        self.bgr = bgr
         self.input_layer = nn.Sequential(*conv(3, width), nn.PReLU(width))
         widths = [width * 2 ** stage for stage, count in enumerate(units) for _ in range(count)]
         strides = [2 if unit == 0 else 1 for count in units for unit in range(count)]       # first of a stage
-        self.body = nn.Sequential(*map(ResidualUnit, [width, *widths], widths, strides))
+        self.body = nn.Sequential(*map(ResidualUnit, [width, *widths], widths, strides, [se] * sum(units)))
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(widths[-1]), nn.Dropout(dropout), nn.Flatten(),
             nn.Linear(widths[-1] * (size // 16) ** 2, dim), nn.BatchNorm1d(dim, affine=False))
@@ -154,10 +165,10 @@ class Prototypes(nn.Module):
         self.register_buffer("norm_std", torch.tensor(100.0))           # published before the first step
 
     def unit(self, people=None):
-        """All prototypes on the unit sphere, (n + k, D), real ones first. paper: virtual ones free; here, but
-        with `free`: in training seen through the real ones' second moment, because free ones go where no face
-        is; to be drawn, given that moment by two thirds and by a third that of people (D, D), because
-        prototypes of few images differ as photographs do, but with that of people alone they crowd."""
+        """All prototypes on the unit sphere, (n + k, D), real ones first. paper: virtual ones free; here,
+        unless `free`: in training times the real ones' second moment, because free ones go where no face is;
+        to be drawn, whitened and given 2/3 of that moment and 1/3 of `people`'s (D, D), because prototypes of
+        few images differ as photographs do, but with the moment of people alone they crowd."""
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if len(virtual) and not self.free:
             seen = real.mT @ real
@@ -299,8 +310,8 @@ class DiT(nn.Module):
 
     Time, prototype and landmarks add up to the adaLN condition; the landmark image also joins the input as
     channels, so that pose is exact in space. Zeros for w stand for nobody in particular. paper: unstated what
-    the network gives; here: x0, of which v follows, because noise does not fit through the tokens of wide
-    patches; two convolutions draw it from the tokens and the input, because patches alone leave seams."""
+    the network gives; here: x0, of which v follows, because the noise of a wide patch does not fit into
+    one token; two convolutions draw it from tokens and input, because patches alone leave seams."""
     def __init__(self, size=112, dim=512, patch=8, width=768, depth=12, heads=12):
         super().__init__()
         self.config = dict(size=size, dim=dim, patch=patch, width=width, depth=depth, heads=heads)
@@ -378,7 +389,7 @@ def guided(dit, w, landmarks, guidance=1.0):
 
 def dpm_solver(denoise, x, steps):
     """DPM-Solver++(2M) (Lu et al. 2022): noise x (B, ...) at t = 1 to an image at t = 0 by steps even in
-    l = log(a / s); each but the first two extrapolates x0 from the last two, half a step ahead."""
+    l = log(a / s); all but the first two and the last extrapolate x0 from two, half a step ahead."""
     # From l = -4 to 4: ten steps even in t would halve the spread of brightness and of fine detail.
     times = [1.0, *(torch.linspace(4, -4, steps - 1).double().exp().atan() * 2 / math.pi).tolist()]
     levels = [(math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)) for t in times]        # a, s
@@ -489,7 +500,7 @@ def run(main):
     except KeyboardInterrupt:
         tqdm.write("interrupted; the same command continues from what is saved", sys.stderr)
         raise SystemExit(130)
-    except OSError as error:
+    except (OSError, torch.OutOfMemoryError) as error:                          # of a GPU: a smaller --batch
         fail(f"{error}; nothing is lost, put it right and give the same command again")
 
 
@@ -518,38 +529,48 @@ def digest(folder):
     return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
 
 
-def build(module, tensors, prefix, arguments, path):
-    """A frozen module(**arguments) with the tensors named `prefix.`...; no memory if shapes disagree."""
-    with reading(path, "metadata that describes its weights"):
+def build(module, tensors, prefix, path, arguments={}):
+    """A frozen module(**arguments), to evaluate, of the tensors named `prefix.`...; refuses other shapes."""
+    with reading(path, f"the weights of a {module.__name__}"):
         with torch.device("meta"):
             net = module(**arguments)
         state = {name.partition(".")[2]: t for name, t in tensors.items() if name.split(".")[0] == prefix}
         net.load_state_dict(state, assign=True)
-        return net.requires_grad_(False)
+        return net.requires_grad_(False).eval()
 
 
-def load_published(net, path):
-    """Loads weights that others published as .pth or .ckpt: prefixes stripped, margin heads left out."""
-    with reading(path, f"published weights that fit {type(net).__name__}"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict({name.removeprefix("module.").removeprefix("model.").removeprefix("backbone."): t
-                             for name, t in state.get("state_dict", state).items() if "head." not in name})
-    return net.requires_grad_(False)
+def read_published(path, prefix="net"):
+    """The tensors of a .pth or .ckpt that others published, renamed to `prefix`..., without margin heads.
+
+    A checkpoint may name classes of the trainer that wrote it: empty ones stand in, and nothing is run."""
+    with reading(path, "published weights"):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        empty = {"__init__": lambda self, *_: None, "__setstate__": lambda self, _: None}
+        ignored = [type(name, (), empty | {"__module__": module})
+                   for module, _, name in (name.rpartition(".") for name in names)]
+        with torch.serialization.safe_globals(ignored):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        bare = lambda name: name.removeprefix("module.").removeprefix("model.").removeprefix("backbone.")
+        return {f"{prefix}.{bare(name)}": tensor for name, tensor in state.get("state_dict", state).items()
+                if "head." not in name and torch.is_tensor(tensor)}
 
 
 def load_recogniser(path, device, bgr=False):
-    """Backbone and prototypes, frozen, on `device`, and metadata, of a run folder or a published IR-SE50."""
+    """Backbone and prototypes, frozen, on `device`, and metadata, of a run folder or published weights."""
     if Path(path).is_file():
-        backbone = load_published(Recogniser(bgr=bgr), path)
-        prototypes = Prototypes(0, 0, 512).requires_grad_(False)
-        meta = {"data": [], "val": []}
+        tensors = read_published(path, "backbone")
+        widths = [tensor.shape[:1] for name, tensor in tensors.items() if "res_layer.4.weight" in name]
+        se = "backbone.body.0.res_layer.se_block.fc1.weight" in tensors
+        config = dict(size=112, dim=512, units=[*map(widths.count, sorted({*widths}))], se=se, bgr=bgr)
+        meta = {"config": config, "free": False, "names": [], "data": [], "val": []}
+        tensors |= {f"prototypes.{name}": t for name, t in Prototypes(0, 0, 512).state_dict().items()}
     else:
         tensors, meta = load_model(path, "fr")
-        backbone = build(Recogniser, tensors, "backbone", meta["config"], path)
-        n, k = (len(tensors.get(f"prototypes.{kind}", ())) for kind in ("real", "virtual"))
-        arguments = dict(n=n, k=k, dim=meta["config"]["dim"], free=meta["free"])
-        prototypes = build(Prototypes, tensors, "prototypes", arguments, path)
-    return backbone.to(device, memory_format=torch.channels_last).eval(), prototypes.to(device), meta
+    backbone = build(Recogniser, tensors, "backbone", path, meta["config"])
+    n, k = (len(tensors.get(f"prototypes.{kind}", ())) for kind in ("real", "virtual"))
+    arguments = dict(n=n, k=k, dim=meta["config"]["dim"], free=meta["free"])
+    prototypes = build(Prototypes, tensors, "prototypes", path, arguments)
+    return backbone.to(device, memory_format=torch.channels_last), prototypes.to(device), meta
 
 
 def same_settings(path, before, now):
@@ -579,6 +600,6 @@ def resume(path, settings, modules):
 
 
 def stop_unless_finite(losses, step, out):
-    """Mean losses, a list of floats; ends the run if they are no numbers. Its last checkpoint stays."""
-    return losses if all(map(math.isfinite, losses)) else fail(
-        f"{out}: the loss is {losses} at step {step}; the last checkpoint is kept; lower --lr")
+    """Mean losses, a tensor, as floats; ends the run if they are no numbers. Its last checkpoint stays."""
+    return losses.tolist() if losses.isfinite().all() else fail(
+        f"{out}: the loss is {losses.tolist()} at step {step}; the last checkpoint is kept; lower --lr")

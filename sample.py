@@ -5,12 +5,10 @@
     python sample.py --real-to 50                           # more pictures of real people with fewer than 50
     torchrun --nproc-per-node 8 sample.py --virtual 10000 --per-id 50           # any number of GPUs share it
 
-A picture too near a real person is drawn again, up to five times in all. Writes OUT/v000123/0007.jpg (eighth
-picture of virtual prototype 123), manifest.csv (a row for each drawn), landmarks.csv, grid.jpg. The same
-command continues a killed run; the set comes out the same.
+A picture too near a real person is drawn again, and left out after five attempts. Writes OUT/v000123/0007.jpg
+(eighth picture of virtual prototype 123), manifest.csv (a row for each drawn), landmarks.csv, grid.jpg. The
+same command continues a killed run; the set comes out the same.
 """
-import argparse
-import collections
 import csv
 import hashlib
 import itertools
@@ -28,10 +26,9 @@ from tqdm import tqdm
 from data import read_image, write_csv, write_landmarks
 from evaluate import FaceSet, nearest, person_moment, resemblance, thumbnails
 from model import (DEVICE, DiT, around, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
-                   load_model, load_recogniser, reading, replace_file, run, same_settings, to_uint8)
+                   load_model, load_recogniser, options, reading, replace_file, run, same_settings, to_uint8)
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-flag = parser.add_argument
+parser, flag = options(__doc__)
 flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (default: %(default)s)")
 flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
 flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
@@ -61,7 +58,7 @@ class Artist:
         tensors, meta = load_model(args.dit, "dit")
         args.fr = args.fr or meta["fr"]
         self.args, self.device = args, device
-        self.dit = build(DiT, tensors, "dit", meta["config"], args.dit).to(device).eval()
+        self.dit = build(DiT, tensors, "dit", args.dit, meta["config"]).to(device)
         self.backbone, self.prototypes, fr = load_recogniser(args.fr, device)
         if digest(args.fr) != meta["fr_sha256"]:
             fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it, or train again")
@@ -132,7 +129,7 @@ def draw_people(artist, wanted, out):
     # paper: unstated how; here: poses of any training faces, because even over yaw they taught no more.
     first = ((row, index, 0, seed_of(args.seed, names[row], index) % len(artist.landmarks))
              for row in wanted for index in range(wanted[row]))
-    rows, drawn = collections.defaultdict(list), collections.defaultdict(dict)          # of incomplete people
+    rows, drawn = {}, {}                                                # of incomplete people
     settled, again = [], []                                             # judged, not written; rejected jobs
 
     with tqdm(total=sum(wanted.values()), desc=out.name) as progress:
@@ -140,13 +137,13 @@ def draw_people(artist, wanted, out):
             del again[:len(jobs)]
             images = artist.draw(dit, jobs) if jobs else None           # a GPU does so during what follows
             for (row, index, attempt, pose), leak, score, image in settled:
-                rows[row].append([f"{names[row]}/{index:04d}.jpg", names[row], index, attempt, pose,
-                                  "leak" if leak else "accepted", *map("{:.4f}".format, score)])
+                rows.setdefault(row, []).append([f"{names[row]}/{index:04d}.jpg", names[row], index, attempt,
+                    pose, "leak" if leak else "accepted", *map("{:.4f}".format, score)])
                 if leak and attempt < 4:                                # five attempts at most
                     again.append((row, index, attempt + 1, pose))
                     continue
                 progress.update()
-                drawn[row][f"{index:04d}.jpg"] = None if leak else to_pil_image(image)
+                drawn.setdefault(row, {})[f"{index:04d}.jpg"] = None if leak else to_pil_image(image)
                 if len(drawn[row]) == wanted[row]:
                     write_person(out / names[row], rows.pop(row), drawn.pop(row))
             settled = [*zip(jobs, *artist.judge(jobs, images), images.cpu())] if jobs else []
@@ -155,7 +152,7 @@ def draw_people(artist, wanted, out):
 def finish(artist, wanted, out):
     """Joins everybody's rows into manifest.csv, which says that the set is complete; says how it went."""
     people = [out / artist.names[row] / "person.csv" for row in wanted]         # about 1 KB of rows a picture
-    rows = [row for file in people for row in csv.DictReader(file.read_text().split("\n"))]
+    rows = [row for file in people for row in csv.DictReader(os.fsdecode(file.read_bytes()).split("\n"))]
     accepted = [row for row in rows if row["verdict"] == "accepted"] or fail(
         f"{out}: every picture was rejected; train stage 2 longer, or set --max-real")
     poses = artist.dit.size * artist.landmarks[[int(row["landmarks_from"]) for row in accepted]]

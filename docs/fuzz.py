@@ -157,11 +157,11 @@ def benchmark():
 
 
 def detector():
-    model.load_published(model.RetinaFace(), write("w.pth", hurt(DETECTOR)))
+    model.build(model.RetinaFace, model.read_published(write("w.pth", hurt(DETECTOR))), "net", "w.pth")
 
 
 def recogniser():
-    model.load_published(model.Recogniser(**TINY), write("w.pth", hurt(RECOGNISER)))
+    model.build(model.Recogniser, model.read_published(write("w.pth", hurt(RECOGNISER))), "net", "w.pth", TINY)
 
 
 def state():

@@ -20,7 +20,7 @@ device, count = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 10
 torch.manual_seed(99)
 backbone, prototypes, _ = load_recogniser("runs/fr", device)
 tensors, meta = load_model("runs/dit", "dit")
-dit = build(DiT, tensors, "dit", meta["config"], "runs/dit").to(device).eval()
+dit = build(DiT, tensors, "dit", "runs/dit", meta["config"]).to(device)
 people = person_moment(tensors["real.f"].float(), tensors["real.labels"]).to(device)
 poses, W, n = tensors["poses.landmarks"], prototypes.unit(people), len(prototypes.real)
 
@@ -32,11 +32,11 @@ centres = F.normalize(embed(backbone, to_uint8(2 * new - 1)).view(count, 8, -1).
 share, directions = torch.linalg.eigh(W[:n].T @ W[:n] / n)                      # ascending
 inside = directions[:, share.cumsum(0) > 0.01]
 print(f"{inside.shape[1]} of {W.shape[1]} directions hold 99 % of the real prototypes")
-for name, people in (("trained on", W[:n][:count]), ("drawn anew", centres), ("virtual", W[n:n + count])):
-    w = people.repeat_interleave(4, 0)
+for name, asked in (("trained on", W[:n][:count]), ("drawn anew", centres), ("virtual", W[n:n + count])):
+    w = asked.repeat_interleave(4, 0)
     pose = poses[torch.randint(len(poses), (len(w),))].to(device)
     noise = torch.randn(len(w), 3, dit.size, dit.size, device=device)
-    line = f"{name}: {(people @ inside).square().sum(1).mean():.1%} inside"
+    line = f"{name}: {(asked @ inside).square().sum(1).mean():.1%} inside"
     for guidance in (1, 2):
         with torch.no_grad(), autocast(device):
             images = torch.cat([dpm_solver(guided(dit, *some, guidance), start, steps=10)

@@ -128,11 +128,11 @@ def transformer(arch, batch):
         images, points = mirror(x, landmarks)
         with autocast(DEVICE):
             v_loss, identity_loss = dit_loss(dit_handle, backbone_handle, images, w, points, sigma2)
-        (v_loss + 0.05 * identity_loss).backward()
+        (v_loss + 0.1 * identity_loss).backward()
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_([*average.parameters()], [*dit.parameters()], 1e-4)
+        torch._foreach_lerp_([*average.parameters()], [p.detach() for p in dit.parameters()], 1e-4)
     handles = fast(dit), fast(backbone)
     measure(f"DiT-{arch} training, identity loss, batch {batch}", batch,
             lambda: step(*handles), flops_of(lambda: step(dit, backbone)))
