@@ -22,7 +22,8 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation, nms
 from tqdm import tqdm
 
-DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+GPU = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())      # ranks may share one
+DEVICE = torch.device(f"cuda:{GPU}" if torch.cuda.is_available() else "cpu")
 torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda")     # on CPUs its bf16 backward is slow
 torch.set_float32_matmul_precision("high")      # TF32 on GPUs: the margin loss of 120K people twice as fast
 
