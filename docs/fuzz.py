@@ -61,7 +61,7 @@ def record(key, labels, image):
     flag = len(labels) if len(labels) > 1 else 0
     content = struct.pack("<IfQQ", flag, labels[0], key, 0)
     content += struct.pack(f"<{flag}f", *labels[:flag]) + image
-    return struct.pack("<II", data.MAGIC, len(content)) + content + bytes(-len(content) % 4)
+    return struct.pack("<II", 0xced7230a, len(content)) + content + bytes(-len(content) % 4)
 
 
 def saved(content):
@@ -121,7 +121,6 @@ def hurt(*valid):
 def rec():
     write("r/train.rec", damage(RECORDS) if rng.random() < 0.7 else RECORDS)
     write("r/train.idx", damage(INDEX) if rng.random() < 0.5 else INDEX)
-    data.mapped.cache_clear()
     data.Faces([root / "r"])
 
 
