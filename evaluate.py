@@ -2,12 +2,12 @@
 
     python evaluate.py                      # every runs/fr*; runs/virtual against the real training set
     python evaluate.py --fr A B --pairs lfw.bin agedb_30.bin --datasets runs/virtual dcface/ --real casia/
-    python evaluate.py --fr adaface.ckpt --bgr --datasets SET --real casia/ --strict   # exit code 3 on a leak
+    python evaluate.py --fr adaface.ckpt --datasets SET --real casia/ --strict      # exit code 3 on a leak
 
 The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.md (the tables it prints),
-OUT/leaks.csv (every image that comes too close to a real person, and to whom) and two pictures for each set.
+OUT/leaks.csv (every image that comes too close to a real person, and to whom) and the nearest pairs as a picture.
 """
-import functools
+import argparse
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -15,16 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import Faces, read_benchmark, write_csv
-from model import DEVICE, embed, fail, load_recogniser, options, replace_file, run
+from data import Faces, named_benchmarks, read_benchmark, write_csv
+from model import DEVICE, class_sums, embed, fail, load_recogniser, nearest, replacing, run
 
-parser, flag = options(__doc__)
-flag("--fr", nargs="+", metavar="PATH", help="run folders or published .pth (default: every runs/fr*)")
-flag("--bgr", action="store_true", help="published recognisers read BGR images (default: RGB)")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+flag = parser.add_argument
+flag("--fr", nargs="+", metavar="PATH", help="run folders or published weights (default: every runs/fr*)")
+flag("--bgr", action=argparse.BooleanOptionalAction,
+     help="published recognisers read BGR images (default: AdaFace's checkpoints do, others do not)")
 flag("--pairs", nargs="+", metavar="BIN", help="benchmarks (default: those of the first recogniser)")
 flag("--datasets", nargs="*", metavar="DIR", help="sets to judge (default: runs/virtual if there)")
 flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the first recogniser's data)")
@@ -34,73 +35,57 @@ flag("--out", default="runs/report", metavar="DIR", help="report folder (default
 FIELD = {"lfw": "LFW", "cfp_fp": "CFP-FP", "cplfw": "CPLFW", "agedb_30": "AgeDB", "calfw": "CALFW"}
 
 
+# ------------------------------------------------------------------------------------------------ verification
+
 def pair_distances(backbone, images):
-    """Squared distances (P,) of the flip-summed unit embeddings of images 2p and 2p + 1, from 0 to 4."""
-    return embed(backbone, images).unflatten(0, (-1, 2)).diff(dim=1).square().sum((1, 2)).cpu().numpy()
+    """Squared distances (P,), from 0 to 4, of the flip-summed unit embeddings of images 2p and 2p + 1."""
+    f = embed(backbone, images, exact=True)
+    return f.unflatten(0, (-1, 2)).diff(dim=1).square().sum((1, 2)).cpu().numpy()
 
 
 def verification(distance, same, folds=10):
     """Mean and standard deviation of the accuracy over contiguous folds, of distances (P,), same or not (P,).
 
-    The field's protocol: each fold is judged at the first threshold that is best on all others."""
-    right = (distance < np.arange(0, 4, 0.01)[:, None]) == np.asarray(same)     # (thresholds, P)
-    tests = np.array_split(np.arange(len(same)), folds)
-    accuracy = [right[np.delete(right, test, axis=1).sum(1).argmax(), test].mean() for test in tests]
+    The field's protocol: each fold is judged at the first threshold that is best on all others.
+    """
+    thresholds = np.arange(0, 4, 0.01)[:, None]
+    right = (distance < thresholds) == np.asarray(same)                 # (thresholds, P)
+    accuracy = []
+    for test in np.array_split(np.arange(len(same)), folds):
+        best = np.delete(right, test, axis=1).sum(1).argmax()
+        accuracy.append(right[best, test].mean())
     return {"accuracy": float(np.mean(accuracy)), "std": float(np.std(accuracy))}
 
 
-# ------------------------------------------------------------------------------- quality and leakage of a set
+# --------------------------------------------------------------------------------- quality and leakage of a set
 
-
-# A dataset as a judge sees it, M images: f, unit embeddings (M, D); labels (M,); thumbs (M, 256), see
-# `thumbnails`; quality, CR-FIQA scores (M,); faces, a `Faces`; index (M,), which of `faces` an image is.
-FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=(None, None, None))
+# A set of M images as a judge sees it: f, unit embeddings (M, D); labels (M,); thumbs (M, 256), see `thumbnails`;
+# quality, CR-FIQA scores (M,); faces, a `Faces`; index (M,), which of `faces` an image is.
+FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=(None, None, None, None))
 
 
 def thumbnails(images):
-    """16 x 16 grey versions (M, 256) of uint8 images (M, 3, S, S), of unit length, without their mean."""
+    """16 x 16 grey versions (M, 256) of uint8 images (M, 3, S, S), without their mean, of unit length."""
     grey = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), 16).flatten(1)
     return F.normalize(grey - grey.mean(1, keepdim=True))
 
 
-def embed_faces(backbone, prototypes, faces, device, some=None):
-    """The FaceSet of `faces`, or of `some` of them (indices)."""
-    order = (torch.arange(len(faces)) if some is None else some).split(512)
-    columns = [(embed(backbone, images, unit=False) / 2, thumbnails(images.to(device)), i)
-               for images, i in tqdm(faces.loader(order), "embedding", len(order), leave=False)]
-    f, thumbs, i = map(torch.cat, zip(*columns))
-    return FaceSet(F.normalize(f), faces.labels[i].to(device), thumbs, prototypes.quality(f)[:, 0], faces, i)
-
-
-def nearest(queries, targets, labels=None, target_labels=None):
-    """Cosine to, index of the nearest unit target (K, D) of another label, of queries (M, D): (M,) each."""
-    own = queries.new_full((len(queries),), -1) if labels is None else labels           # -1: nobody's
-    ids = torch.arange(len(targets), device=targets.device) if target_labels is None else target_labels
-    chunk = max(1, 2 ** 26 // len(targets))                                     # cosines in memory at once
-    found = [(f @ targets.T).masked_fill_(label[:, None] == ids, -2).max(1)
-             for f, label in zip(queries.split(chunk), own.split(chunk))]
-    return tuple(map(torch.cat, zip(*found)))
+def embed_faces(backbone, prototypes, faces):
+    """The FaceSet of `faces`, in half precision on a GPU."""
+    kind = torch.half if DEVICE.type == "cuda" else torch.float
+    order = torch.arange(len(faces)).split(512)
+    columns = []
+    for images, i in tqdm(faces.loader(order), "embedding", len(order), leave=False):
+        f = embed(backbone, images, unit=False) / 2
+        columns.append((F.normalize(f).to(kind), thumbnails(images.to(DEVICE)).to(kind),
+                        prototypes.quality(f)[:, 0], i))
+    f, thumbs, quality, i = (torch.cat(column) for column in zip(*columns))
+    return FaceSet(f, faces.labels[i].to(DEVICE), thumbs, quality, faces, i)
 
 
 def quantile(values, q):
-    """The q-quantile of a tensor of any length, which torch.quantile refuses above 16 million."""
+    """The q-quantile of a tensor of any length; torch.quantile refuses more than 16 million values."""
     return np.quantile(values.cpu().numpy(), q).item()
-
-
-def class_sums(f, labels):
-    """Of each class: the sum of its embeddings (I, D), number of images (I,)."""
-    count = torch.bincount(labels)
-    return torch.zeros(len(count), f.shape[1], device=f.device).index_add_(0, labels, f), count
-
-
-def person_moment(f, labels):
-    """The second moment (D, D) of people, of trace 1, as unit embeddings f (M, D) of their images show it:
-    the mean of f_i f_j^T over pairs of one person's images, which have nothing in common but the person."""
-    total, count = class_sums(f, labels)
-    weight = 1 / (count * (count - 1)).clamp(min=1)[:, None]
-    # People with one image add nothing to the difference; all images decide, by 1e-3, if nobody has two.
-    pairs = (total * weight).mT @ total - (f * weight[labels]).mT @ f + 1e-3 * f.mT @ f / len(f)
-    return pairs / pairs.trace()
 
 
 def consistency_separability(f, labels):
@@ -119,142 +104,174 @@ def diversity(quality, labels):
 
 
 def resemblance(faces, real, own=None):
-    """How near images come to real people: {test: (similarity, index in `real`) (M,) each}.
+    """How near each image comes to real people: {test: (cosine, person or image of `real`), (M,) each}.
 
-    centre: cosine to the nearest person's centre; image: to the nearest image; copy: of thumbnails, mirrored
-    or not. Images of the person own (M,) are left out, if given."""
+    centre: to the nearest person's centre. image: to the nearest image. Images of the person own (M,), if given, are
+    left out.
+    """
+    centres = F.normalize(class_sums(real.f, real.labels)[0]).to(real.f)
+    return {"centre": nearest(faces.f, centres, own), "image": nearest(faces.f, real.f, own, real.labels)}
+
+
+def copy_resemblance(faces, real, own=None):
+    """Cosine of thumbnails to the nearest real image, mirrored or not, and which: (M,) each."""
     mirrored = real.thumbs.view(-1, 16, 16).flip(2).flatten(1)
-    copy, which = nearest(faces.thumbs, torch.cat([real.thumbs, mirrored]), own, real.labels.repeat(2))
-    return {"centre": nearest(faces.f, F.normalize(class_sums(real.f, real.labels)[0]), own),
-            "image": nearest(faces.f, real.f, own, real.labels), "copy": (copy, which % len(real.f))}
+    cosine, which = nearest(faces.thumbs, torch.cat([real.thumbs, mirrored]), own, real.labels.repeat(2))
+    return cosine, which % len(real.f)
 
 
-def baseline(real):
-    """What real strangers look like to each other: their `resemblance`, a line for each test, and the cap.
+def thresholds_of(real, strangers):
+    """{test: cosine} below which 99 % of real images stay against other people, and the cap on these thresholds.
 
-    99 % of real images stay below the lines for centre and image, unless the cap is lower: the median cosine
-    of an image to the centre of the person's others. That for copy is halfway from 99.9 % to identical."""
-    strangers = resemblance(real, real, own=real.labels)
+    The cap is the median cosine of an image to the centre of its person's other images: a weak judge, or a set with
+    wrong labels, would else let copies by. For copies, halfway from what 99.9 % stay below to identical.
+    """
     total, count = class_sums(real.f, real.labels)
-    own = F.cosine_similarity(total[real.labels] - real.f, real.f)[count[real.labels] > 1]
+    several = count[real.labels] > 1
+    others = total[real.labels[several]] - real.f[several]
+    own = F.cosine_similarity(others, real.f[several])
     cap = quantile(own, 0.5) if len(own) else 1.0
-    lines = {test: min(cap, quantile(strangers[test][0], 0.99)) for test in ("centre", "image")}
-    lines["copy"] = min(0.99, (1 + quantile(strangers["copy"][0], 0.999)) / 2)
-    return strangers, lines, cap
+    thresholds = {test: min(cap, quantile(cosine, 0.99)) for test, (cosine, _) in strangers.items()}
+    if "copy" in strangers:
+        thresholds["copy"] = min(0.99, (1 + quantile(strangers["copy"][0], 0.999)) / 2)
+    return thresholds, cap
 
 
-def judge(data, found, lines, prototypes):
-    """One dataset's row of the report: quality and leakage, from its `resemblance` to real people.
+def identities_over(labels, found, threshold):
+    """How many identities have most of their images over the threshold to one and the same real person."""
+    cosine, person = found
+    over = cosine > threshold
+    pairs, count = torch.stack([labels[over], person[over]]).unique(dim=1, return_counts=True)
+    return int((2 * count > torch.bincount(labels)[pairs[0]]).sum())
 
-    Clean: at most 1 % of the images are over the line for centres, or for images, and none is a copy."""
+
+def judge(data, found, thresholds, prototypes):
+    """One dataset's row of the report: quality, and leakage from its resemblance to real people.
+
+    Clean: at most 1 % of the images are over the threshold to a centre, and to an image; at most 0.5 % of the
+    identities are over it to one person with most of their images; at most one image in 10,000 is a copy.
+    """
     consistency, separability = consistency_separability(data.f, data.labels)
-    over = {test: int((similarity > lines[test]).sum()) for test, (similarity, _) in found.items()}
-    leaks = max(over["centre"], over["image"]) > 0.01 * len(data.f) or over["copy"] > 0
-    leakage = {"verdict": "leaks" if leaks else "clean", "q99": quantile(found["centre"][0], 0.99),
-               "threshold": lines["centre"], "images_over": over["centre"], "image_threshold": lines["image"],
-               "images_over_image": over["image"], "copy_threshold": lines["copy"], "copies": over["copy"]}
-    # Published networks have no quality head, and so no D.
-    return {"identities": len(data.faces.people), "images": len(data.f), "consistency": consistency,
-            "separability": separability, "leakage": leakage,
-            "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None}
+    over = {test: int((cosine > thresholds[test]).sum()) for test, (cosine, _) in found.items()}
+    people, images = len(data.faces.people), len(data.f)
+    whole = identities_over(data.labels, found["centre"], thresholds["centre"])
+    leaks = (max(over["centre"], over["image"]) > 0.01 * images or whole > 0.005 * people
+             or over["copy"] > 1e-4 * images)
+    leakage = {"verdict": "leaks" if leaks else "clean", "median": quantile(found["centre"][0], 0.5),
+               "q99": quantile(found["centre"][0], 0.99), "threshold": thresholds["centre"],
+               "images_over": over["centre"], "identities_over": whole, "image_threshold": thresholds["image"],
+               "images_over_image": over["image"], "copy_threshold": thresholds["copy"], "copies": over["copy"]}
+    return {"identities": people, "images": images, "consistency": consistency, "separability": separability,
+            # Published networks have no quality head, and so no D.
+            "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None, "leakage": leakage}
 
 
-def offenders(data, found, lines, real):
-    """Rows of leaks.csv: each image over a line, which one, how far, whom and what image it resembles."""
-    people = list(real.faces.people)
-    for test, (similarity, which) in found.items():
-        for i in (similarity > lines[test]).nonzero()[:, 0].tolist():
-            person = which[i] if test == "centre" else real.labels[which[i]]
-            image = "" if test == "centre" else real.faces.path(real.index[which[i]])
-            yield [data.faces.path(data.index[i]), test, f"{similarity[i]:.4f}", people[person], image]
+def offenders(data, found, thresholds, real):
+    """Rows of leaks.csv: each image over a threshold, which one, how far, whom and what image it resembles."""
+    people = [*real.faces.people]
+    for test, (cosine, which) in found.items():
+        for i in (cosine > thresholds[test]).nonzero()[:, 0].tolist():
+            person, image = which[i], ""
+            if test != "centre":
+                person, image = real.labels[which[i]], real.faces.path(real.index[which[i]])
+            yield [data.faces.path(data.index[i]), test, f"{cosine[i]:.4f}", people[person], image]
 
 
-def draw_pictures(out, data, found, real, strangers, line):
-    """Writes nearest-real.png, a histogram of cosines to real people; closest.jpg, the nearest pairs."""
-    image = Image.new("RGB", (720, 240), "white")                              # cosines -0.2 to 1, 600 a unit
-    pen = ImageDraw.Draw(image, "RGBA")
-    pen.text((10, 8), "blue: real images, to another person; red: this set; each to its own scale", "black")
-    for cosines, colour in ((strangers["centre"][0], "#2a6fb090"), (found["centre"][0], "#d1603d90")):
-        counts = torch.histc(cosines.cpu().clamp(-0.2, 1), 120, -0.2, 1)
-        outline = (220 - 180 * counts / counts.max()).repeat_interleave(6)      # at each column of pixels
-        pen.polygon([(0, 220), *enumerate(outline.tolist()), (720, 220)], fill=colour)
-    for cosine in (0, 0.2, 0.4, 0.6, 0.8):
-        pen.text((120 + 600 * cosine, 224), str(cosine), "black", anchor="ma")
-    pen.line([(120 + 600 * line, 40), (120 + 600 * line, 220)], "black", 2)
-    replace_file(out / "nearest-real.png", lambda path: image.save(path, "PNG"))
-    top = found["image"][0].argsort(descending=True)[:8]
-    pairs = ((data, top), (real, found["image"][1][top]))
-    images = [torch.from_numpy(seen.faces.__getitems__(seen.index[i.cpu()])[0]) / 255 for seen, i in pairs]
-    replace_file(out / "closest.jpg", lambda path: save_image(torch.cat(images), path, "JPEG", nrow=len(top)))
+def draw_closest(path, data, found, real):
+    """Writes a picture of the eight images nearest to a real image, above the real images."""
+    cosine, which = found["image"]
+    top = cosine.argsort(descending=True)[:8]
+    images = [data.faces[i][0] for i in data.index[top.cpu()]]
+    images += [real.faces[i][0] for i in real.index[which[top].cpu()]]
+    with replacing(path) as temporary:
+        save_image(torch.from_numpy(np.stack(images)) / 255, temporary, "JPEG", nrow=len(top))
 
 
 # ----------------------------------------------------------------------------------------------------- report
 
-
 def table(title, rows):
     """A title and {row: {column: value}} as a Markdown table; None is a dash, nested values are left out."""
-    text = lambda value: "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-    line = lambda cells: "| " + " | ".join(f"{cell:>13}" for cell in cells) + " |\n"
+    def text(value):
+        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
     columns = [name for name, value in next(iter(rows.values())).items() if not isinstance(value, dict)]
-    body = [line([name, *(text(row[column]) for column in columns)]) for name, row in rows.items()]
-    return "".join([title, "\n\n", line(["", *columns]), line(["---"] * (len(columns) + 1)), *body, "\n"])
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(text(row[column]) for column in columns)] for name, row in rows.items()]
+    return f"{title}\n\n" + "".join("| " + " | ".join(f"{cell:>13}" for cell in line) + " |\n" for line in lines) + "\n"
 
 
-def verify(recognisers, paths):
+def verify(recognisers, benchmarks):
     """Verification on benchmarks {name: path}: rows of report.json, and text, in the field's order."""
-    models, rows = {folder: {} for folder in recognisers}, {}
-    for name in sorted(paths, key=[*FIELD, *paths].index):
-        read = functools.cache(functools.partial(read_benchmark, paths[name]))         # once for all
+    models = {folder: {} for folder in recognisers}
+    for name in sorted(benchmarks, key=[*FIELD, *benchmarks].index):
+        by_size = {}                                                    # read once for all recognisers
         for folder, (backbone, _, _) in recognisers.items():
-            images, same = read(backbone.config["size"])
+            size = backbone.config["size"]
+            if size not in by_size:
+                by_size[size] = read_benchmark(benchmarks[name], size)
+            images, same = by_size[size]
             models[folder][name] = verification(pair_distances(backbone, images), same)
+
+    # The average is of the field's five alone, so that it compares; of all if none of these is there.
+    counted = [name for name in FIELD if name in benchmarks] or [*benchmarks]
+    rows = {}
     for folder, scores in models.items():
-        average = float(np.mean([score["accuracy"] for score in scores.values()])) if scores else None
         rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
                         for name, score in scores.items()}
-        rows[folder]["average"] = f"{100 * average:.2f}" if scores else None
-        scores["average"] = average
-    absent = ", ".join(title for name, title in FIELD.items() if name not in paths) or "none"
-    return models, table(f"Accuracy: mean ± standard deviation over folds, percent; absent: {absent}", rows)
+        scores["average"] = float(np.mean([scores[name]["accuracy"] for name in counted])) if counted else None
+        rows[folder]["average"] = f"{100 * scores['average']:.2f}" if counted else None
+    absent = ", ".join(title for name, title in FIELD.items() if name not in benchmarks) or "none"
+    return models, table(f"Accuracy: mean ± standard deviation over folds, percent; average of {', '.join(counted)}; "
+                         f"absent: {absent}", rows)
 
 
 def main():
     args = parser.parse_args()
-    trained = sorted(path.parent.as_posix() for path in Path("runs").glob("fr*/model.safetensors"))
-    folders = args.fr or trained or fail("runs/: no recogniser in it; train one, or name it with --fr")
-    recognisers = {folder: load_recogniser(folder, DEVICE, args.bgr) for folder in folders}
+    folders = args.fr or sorted(path.parent.as_posix() for path in Path("runs").glob("fr*/model.safetensors"))
+    if not folders:
+        fail("runs/: no recogniser in it; train one, or name it with --fr")
+    recognisers = {folder: load_recogniser(folder, args.bgr) for folder in folders}
     backbone, prototypes, meta = recognisers[folders[0]]
     sources = args.real or meta["data"]
-    drawn = [path.parent.as_posix() for path in Path("runs").glob("virtual/manifest.csv") if sources]
-    datasets = drawn if args.datasets is None else args.datasets
+    datasets = args.datasets
+    if datasets is None:
+        datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() and sources else []
+    benchmarks = named_benchmarks(args.pairs or meta["val"])
     if args.strict and not datasets:
         fail("--strict: there is no set to judge; sample one, or name it with --datasets")
+    if not datasets and not benchmarks:
+        fail("there is no benchmark and no set: name some with --pairs, --datasets")
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
-    models, text = verify(recognisers, {Path(path).stem: path for path in args.pairs or meta["val"]})
+
+    models, text = verify(recognisers, benchmarks)
     report = {"judge": folders[0], "models": models, "datasets": {}}
     leaks, out = [], Path(args.out)
-
     if datasets:
-        see = lambda names: embed_faces(backbone, prototypes, Faces(names, backbone.config["size"]), DEVICE)
-        real = see(sources)
-        strangers, lines, cap = baseline(real)
+        real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]))
+        if len(real.faces.people) < 2:
+            fail(f"--real {' '.join(sources)}: expected two people or more; with one, strangers are unknown")
+        strangers = resemblance(real, real, real.labels) | {"copy": copy_resemblance(real, real, real.labels)}
+        thresholds, cap = thresholds_of(real, strangers)
         for number, name in enumerate(datasets, 1):
-            data = see([name])
-            found = resemblance(data, real)
-            report["datasets"][name] = judge(data, found, lines, prototypes)
-            leaks += ([name, *row] for row in offenders(data, found, lines, real))
-            draw_pictures(out / f"{number}-{Path(name).name}", data, found, real, strangers, lines["centre"])
-        report["real"] = judge(real, strangers, lines, prototypes)
+            data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"]))
+            found = resemblance(data, real) | {"copy": copy_resemblance(data, real)}
+            report["datasets"][name] = judge(data, found, thresholds, prototypes)
+            leaks += ([name, *row] for row in offenders(data, found, thresholds, real))
+            draw_closest(out / f"{number}-{Path(name).name}" / "closest.jpg", data, found, real)
+        report["real"] = judge(real, strangers, thresholds, prototypes)
         report["real"]["leakage"]["verdict"] = "baseline"
+
         rows = report["datasets"] | {"the real faces": report["real"]}
         text += table(f"Quality of datasets, judged by {folders[0]}", rows)
-        bites = "; the CAP BITES: this judge cannot tell real people apart" if cap in lines.values() else ""
-        text += table(f"Leakage: copies; images over the lines 99 % of real ones keep; cap {cap:.3f}{bites}",
+        bites = "; the CAP BITES: the judge is weak, or people are labelled wrongly" if cap in thresholds.values() else ""
+        text += table(f"Leakage: images and identities over the thresholds, copies; cap {cap:.3f}{bites}",
                       {name: row["leakage"] for name, row in rows.items()})
+
     write_csv(out / "leaks.csv", ["dataset", "file", "test", "similarity", "person", "image"], leaks)
-    replace_file(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
-    replace_file(out / "report.md", lambda path: path.write_bytes(text.encode()))
+    for name, content in (("report.json", json.dumps(report, indent=1)), ("report.md", text)):
+        with replacing(out / name) as temporary:
+            temporary.write_bytes(content.encode(errors="backslashreplace"))
     print(f"{text}wrote {out / 'report.json'}, report.md, leaks.csv and pictures")
     if args.strict and any(row["leakage"]["verdict"] == "leaks" for row in report["datasets"].values()):
         raise SystemExit(3)
