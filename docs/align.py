@@ -1,0 +1,120 @@
+"""Cuts faces out of photographs: python docs/align.py photos/ --out faces/ [--weights PATH]
+
+RetinaFace finds the largest face of every photos/identity/photo.jpg. The crop, 112 x 112 pixels on the ArcFace
+template, goes to faces/identity/photo.jpg, its landmarks to faces/landmarks.csv. Every file of photos/ that could not
+be used has a row in faces/rejected.csv, with the reason. Further photographs may be added to the same folder.
+"""
+import argparse
+import csv
+import io
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import (SUFFIXES, TEMPLATE, crop_landmarks, detect_faces, load_detector, move, open_image, processors,
+                  similarity, write_csv, write_landmarks)
+from model import DEVICE, fail, replacing, run
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+flag = parser.add_argument
+flag("photos", metavar="DIR", help="a folder for each identity, with photographs")
+flag("--out", default="faces", metavar="DIR", help="folder of the aligned faces (default: %(default)s)")
+flag("--weights", metavar="PATH", help="RetinaFace's (default: fetched)")
+
+SIZE, SMALLEST = 112, 40                                        # pixels: of a crop, of a face in a photograph
+FARTHEST = 0.05     # landmarks from the template's: at most 0.043 in good crops, 0.056 and more in turned ones
+
+
+def largest_face(detector, image, side=640):
+    """Landmarks (5, 2) in pixels of the face with the largest box times score, seen at `side` at most."""
+    small = ImageOps.contain(image, (min(side, image.width), min(side, image.height)))
+    scale = small.width / image.width
+    (scores, boxes, points), = detect_faces(detector, pil_to_tensor(small)[None].to(DEVICE))
+    sides = (boxes[:, 2:] - boxes[:, :2]) / scale                               # (K, 2)
+    rank = (sides.prod(1) * scores).where(sides.amin(1) >= SMALLEST, 0.0)
+    if not rank.any():
+        raise ValueError(f"no face of {SMALLEST} pixels" if len(rank) else "no face")
+    return points[rank.argmax()] / scale
+
+
+def crop_face(image, points, size):
+    """The aligned crop of a photograph by landmarks (5, 2) in its pixels, and the landmarks in the crop's."""
+    scale, shift = similarity(points, size * TEMPLATE)
+    factor = max(1, int(1 / scale.abs()))                       # averaged down first: nothing aliases
+    back, offset = 1 / scale / factor, -shift / scale / factor  # PIL asks where a pixel of the crop is from
+    affine = torch.cat([back.real, -back.imag, offset.real, back.imag, back.real, offset.imag]).tolist()
+    crop = image.reduce(factor).transform((size, size), Image.AFFINE, affine, Image.BICUBIC)
+    return crop, move(points, scale, shift)
+
+
+def upright(detector, crop):
+    """Whether a second look at a crop finds the landmarks where a face that stands upright has them."""
+    found = crop_landmarks(detector, pil_to_tensor(crop)[None].to(DEVICE))
+    return (found - TEMPLATE).norm(dim=2).mean() <= FARTHEST
+
+
+def read_rows(path):
+    """{file: the other columns} of a table of an earlier run, if there is one."""
+    if not path.is_file():
+        return {}
+    lines = [*csv.reader(os.fsdecode(path.read_bytes()).splitlines())]
+    return {name: rest for name, *rest in lines[1:]}
+
+
+def align(photos, out, detector):
+    """Cuts every photograph that has no crop yet; returns how many crops and how many rejected files there are."""
+    photos, out = Path(photos), Path(out)
+    names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*") if path.is_file())
+    if not names:
+        fail(f"{photos}: no such folder, or no files in it")
+    crops = read_rows(out / "landmarks.csv")                    # {crop: ten numbers}
+    rejected = {}
+
+    def cut(name):
+        crop_name = name.removesuffix(".jpg") + ".jpg"
+        if crop_name in crops and (out / crop_name).is_file():
+            return
+        try:
+            if "/" not in name:
+                raise ValueError("not in the folder of an identity")
+            if Path(name).suffix.lower() not in SUFFIXES:
+                raise ValueError("by its name no picture that is read")
+            image = open_image(photos / name)
+            crop, landmarks = crop_face(image, largest_face(detector, image), SIZE)
+            if not upright(detector, crop):
+                raise ValueError("the face is not upright, or hardly seen")
+            crop.save(encoded := io.BytesIO(), "JPEG", quality=95, subsampling=0)
+        except Exception as error:                              # images break in every possible way
+            rejected[name] = str(error) if isinstance(error, ValueError) else f"unreadable: {error}"
+            return
+        with replacing(out / crop_name) as path:
+            path.write_bytes(encoded.getvalue())
+        crops[crop_name] = landmarks.flatten().tolist()
+
+    torch.set_num_threads(1)                                    # each photograph has a thread
+    with ThreadPoolExecutor(processors()) as pool:
+        list(tqdm(pool.map(cut, names), str(out), len(names), leave=False, mininterval=1))
+    if not crops:
+        fail(f"{photos}: no face found in any of {len(names)} files, such as {names[0]}: {rejected[names[0]]}")
+    old = {name: row[0] for name, row in read_rows(out / "rejected.csv").items() if name not in names}
+    write_csv(out / "rejected.csv", ["file", "reason"], sorted((old | rejected).items()))
+    rows = ((name, torch.tensor([*map(float, row)])) for name, row in sorted(crops.items()))
+    write_landmarks(out / "landmarks.csv", rows)
+    return len(crops), len(rejected)
+
+
+def main():
+    args = parser.parse_args()
+    count, rejected = align(args.photos, args.out, load_detector(args.weights, args.out))
+    print(f"{count} faces in {args.out}; {rejected} files of {args.photos} in rejected.csv")
+
+
+if __name__ == "__main__":
+    run(main)
