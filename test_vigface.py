@@ -356,7 +356,7 @@ def test_landmarks_of_toy_faces_lie_on_their_features():
     assert near / moved.sum() > 0.95
     _, points = data.draw_faces(torch.zeros(2, data.PERSON), torch.eye(2, data.PICTURE), 112)
     nose = points[:, 2, 0] - points[:, :2, 0].mean(1)                           # from between the eyes
-    assert (nose[1] - nose[0]).abs() > 0.06                                     # the second number is yaw
+    assert (nose[1] - nose[0]).abs() > 0.03                                     # the second number is yaw
 
 
 def jpeg(image, **options):
@@ -894,11 +894,11 @@ def test_a_checkpoint_with_absurd_metadata_or_cut_short_is_refused(copied, capsy
 # What is in the folder `set`, as arguments of `folder` or a function; the command; what must be said.
 BAD_INPUT = {
     "missing folder": (None, "fr_train.py --data nowhere", "nowhere: no such folder"),
-    "one identity": ((1, 4), "fr_train.py --data set", "expected 2 or more"),
-    "batch of one": ((2, 2), "fr_train.py --data set --batch 1", "expected 2 or more"),
+    "one identity": ((1, 4), "fr_train.py --data set", "expected 2 people or more"),
+    "batch of one": ((2, 2), "fr_train.py --data set --batch 1", "expected 2 people or more"),
     "records cut short": (lambda root: [write_records(root, [PNG], [0]), os.truncate(root / "train.rec", 99)],
                           "fr_train.py --data set", "train.idx: expected"),
-    "minus one epoch": ((2, 2), "fr_train.py --data set --epochs -1", "expected 2 or more"),
+    "minus one epoch": ((2, 2), "fr_train.py --data set --epochs -1", "expected 2 people or more"),
     "unfinished set": (lambda root: [folder(root, 2, 2), (root / "run.json").touch()],
                        "fr_train.py --data set", "set: sample.py has not finished it"),
     "no set to judge": (None, "evaluate.py --datasets --strict", "no set to judge"),
