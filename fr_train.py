@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import Faces, batches, named_benchmarks, open_source, read_benchmark
 from evaluate import embed_faces, pair_distances, verification
-from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, compiled, fail, nearest,
+from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, compiled, fail,
                    person_moment, resume, run, save_model, save_state, stop_unless_finite, vigface_loss,
                    virtual_batch_size)
 
@@ -61,15 +61,6 @@ def augment(x, p=0.2):
     rows, columns = (grid > start) & (grid < start + sides)                     # (B, 1, 1, S) each
     cropped = torch.where(rows.mT & columns, x, -1.0)
     return torch.where(uniform(0, 1) < p, cropped, x)
-
-
-def warn_of_collapse(W):
-    """Says how near unit prototypes W (n + k, D) come to any other; loudly if some coincide."""
-    cosine, _ = nearest(W, W, torch.arange(len(W), device=W.device))
-    coincide = (cosine > 0.9).float().mean()
-    print(f"prototypes: cosine to the nearest other {cosine.mean():.3f} in the mean, {coincide:.1%} over 0.9")
-    if coincide > 0.01:
-        print("WARNING: nobody can tell these people apart any more; lower --lr, or clean the data")
 
 
 def main():
@@ -145,7 +136,6 @@ def main():
                 line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
             tqdm.write(line)
             backbone.train()
-    warn_of_collapse(prototypes.unit().detach())
 
 
 if __name__ == "__main__":
