@@ -63,6 +63,16 @@ def augment(x, p=0.2):
     return torch.where(uniform(0, 1) < p, cropped, x)
 
 
+def check(size, n, batch, k, epochs):
+    """Ends the program if a run of these settings cannot be."""
+    if size % 16 or size < 32:
+        fail(f"--size {size}: expected a multiple of 16, 32 or more, as of aligned 112 x 112 crops; give --size, or "
+             "are these photographs? docs/align.py makes crops of them")
+    if n < 2 or batch < 2 or k < 0 or (epochs is not None and epochs < 1):
+        fail(f"{n} people, --batch {batch}, --virtual {k}, --epochs {epochs}: expected 2 people or more, 2 images or "
+             "more, 0 or more, 1 or more")
+
+
 def main():
     args = parser.parse_args()
     faces, out = Faces(args.data, args.size), Path(args.out)
@@ -71,12 +81,7 @@ def main():
     args.arch = args.arch or ("tiny" if size <= 64 else "ir_se50")
     recipe = RECOGNISERS[args.arch]
     batch = min(args.batch or recipe["batch"], len(faces))
-    if size % 16 or size < 32:
-        fail(f"--size {size}: expected a multiple of 16, 32 or more, as of aligned 112 x 112 crops; give --size, or "
-             "are these photographs? docs/align.py makes crops of them")
-    if n < 2 or batch < 2 or k < 0 or (args.epochs or 1) < 1:
-        fail(f"{n} people, --batch {batch}, --virtual {k}, --epochs {args.epochs}: expected 2 people or more, 2 images "
-             "or more, 0 or more, 1 or more")
+    check(size, n, batch, k, args.epochs)
     per_epoch = len(faces) // batch
     epochs = args.epochs or max(recipe["epochs"], math.ceil(1250 / per_epoch))
     steps = epochs * per_epoch
@@ -126,7 +131,7 @@ def main():
             if step + 1 == steps and k:
                 seen = embed_faces(backbone, prototypes, faces)
                 prototypes.settle(person_moment(seen.f.float(), seen.labels))
-            weights = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
+            weights = {name: modules[name].state_dict() for name in ("backbone", "prototypes")}
             save_model(out, "fr", backbone.config, weights, data=args.data, val=[*map(str, val)],
                        names=[*faces.people], step=step + 1, steps=steps)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model

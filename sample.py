@@ -63,6 +63,28 @@ def seed_of(*what):
     return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=7).digest(), "big")
 
 
+def load(args):
+    """The DiT, the poses it was trained on, backbone, prototypes and metadata of its recogniser."""
+    tensors, meta = load_model(args.dit, "dit")
+    args.fr = args.fr or meta["fr"]
+    backbone, prototypes, fr = load_recogniser(args.fr)
+    if digest(args.fr) != meta["fr_sha256"]:
+        fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it, or train again")
+    dit = build(DiT, tensors, "dit", args.dit, meta["config"]).to(DEVICE)
+    return dit, tensors["poses.landmarks"], backbone, prototypes, fr
+
+
+def embed_real(backbone, prototypes, names, sources):
+    """The FaceSet of the real faces, its labels being rows of W, and the thresholds that a picture must stay below."""
+    faces = Faces(sources, backbone.config["size"])
+    row_of = {name: row for row, name in enumerate([*names, *(faces.people.keys() - {*names})])}
+    rows = torch.tensor([row_of[name] for name in faces.people], device=DEVICE)
+    real = embed_faces(backbone, prototypes, faces)
+    real = real._replace(labels=rows[real.labels])
+    thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
+    return real, thresholds
+
+
 def draw(dit, W, poses, jobs, args):
     """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed; the last job fills the batch up."""
     jobs = jobs + jobs[-1:] * (args.batch - len(jobs))          # batches of one shape: nothing is compiled again
@@ -154,13 +176,8 @@ def main():
     args = parser.parse_args()
     if min(args.per_id, args.batch) < 1 or args.steps < 3:
         fail("--per-id, --batch and --steps: expected 1, 1 and 3 or more; fewer steps end in a blur")
-    tensors, dit_meta = load_model(args.dit, "dit")
-    args.fr = args.fr or dit_meta["fr"]
-    backbone, prototypes, fr = load_recogniser(args.fr)
-    if digest(args.fr) != dit_meta["fr_sha256"]:
-        fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it, or train again")
-    dit = build(DiT, tensors, "dit", args.dit, dit_meta["config"]).to(DEVICE)
-    poses, W, n = tensors["poses.landmarks"], prototypes.to_draw(), len(prototypes.real)
+    dit, poses, backbone, prototypes, fr = load(args)
+    W, n = prototypes.to_draw(), len(prototypes.real)
     names = [*fr["names"], *(f"v{i:06d}" for i in range(len(W) - n))]
 
     out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
@@ -174,13 +191,7 @@ def main():
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
 
-    faces = Faces(args.real or fr["data"], backbone.config["size"])
-    rows_of = {name: row for row, name in enumerate(names)}
-    strangers = itertools.count(len(W))                         # with --real, there may be people without a prototype
-    rows = torch.tensor([rows_of.get(name, next(strangers)) for name in faces.people], device=DEVICE)
-    real = embed_faces(backbone, prototypes, faces)
-    real = real._replace(labels=rows[real.labels])
-    thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
+    real, thresholds = embed_real(backbone, prototypes, names, args.real or fr["data"])
     wanted = people_to_draw(args, names, n, real)
     with replacing(out / "run.json") as path:
         path.write_text(json.dumps(settings, indent=1))
