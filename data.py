@@ -116,6 +116,18 @@ def list_images(root):
     return sorted(names)
 
 
+def list_source(root):
+    """Identities, names and offsets of the images of a source: of its train.rec, or else of its folders."""
+    names = list_images(root)
+    if (root / "train.rec").is_file():
+        if names:
+            fail(f"{root}: holds train.rec and folders of images, such as {names[0]}; expected one of the two")
+        return list_records(root / "train.rec")
+    if not names:
+        fail(f"{root}: no such folder, or no images identity/image.jpg in it")
+    return [name.split("/")[0] for name in names], names, [NO_RECORD] * len(names)
+
+
 def open_stored(path, offset):
     """The PIL image of a file, or of the record at `offset` in the train.rec beside it."""
     return open_image(path if offset == NO_RECORD else read_record(Path(path).parent / "train.rec", offset))
@@ -133,14 +145,7 @@ class Faces(Dataset):
         paths, offsets, labels, landmarks, sides, namers = [], [], [], [], [], []
         for source in sources:
             root, namer = open_source(source)
-            names = list_images(root)
-            identities = [name.split("/")[0] for name in names]
-            places = [NO_RECORD] * len(names)
-            if (root / "train.rec").is_file():
-                identities, names, places = list_records(root / "train.rec")
-            if not names:
-                fail(f"{root}: no such folder, or no images identity/image.jpg in it")
-
+            identities, names, places = list_source(root)
             if shared := self.people.keys() & {*identities}:
                 print(f"{root}: {len(shared)} of its people are in the sources before it, by their names")
                 if namer and any(other not in (None, namer) for other in namers):
@@ -261,7 +266,9 @@ def list_records(path):
         print(f"{path}: left out {split} records that are stored in parts")
     if len({identity for identity, _, _ in found}) == 1:
         print(f"{path}: WARNING all records have one label; if a list holds the identities, unpack it into folders")
-    return zip(*found) if found else ([], [], [])
+    if not found:
+        fail(f"{path}: it has no images that can be read")
+    return zip(*found)
 
 
 class StoredType:
