@@ -37,7 +37,8 @@ from model import DEVICE, autocast, build, conv, fail, read_published, reading, 
 # ------------------------------------------------------------------------------------------------------ images
 
 SUFFIXES = ("", ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")      # none that starts another program
+Image.init()                                                # older Pillows lack some formats; none starts a program
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN]
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}                                    # by the EXIF tag for orientation
@@ -201,7 +202,8 @@ class Faces(Dataset):
     def loader(self, order):
         """Yields images (B, 3, S, S) and their indices (B,) for each batch of indices in `order`."""
         workers = 0 if self.images is not None or len(self) <= 100 else processors()    # they are slow to start
-        loader = DataLoader(self, batch_sampler=order, collate_fn=stacked, num_workers=workers,
+        # Arrays reach the workers by pipe; tensors would need /dev/shm.
+        loader = DataLoader(self, batch_sampler=map(np.asarray, order), collate_fn=stacked, num_workers=workers,
                             pin_memory=DEVICE.type == "cuda")               # a thread receives the batches
         for images, indices in loader:
             if isinstance(images, str):
