@@ -372,7 +372,9 @@ def read_landmarks(root, names, side):
         return torch.from_numpy(landmarks).view(-1, 5, 2)
     with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"):
         lines = [line for line in csv.reader(os.fsdecode(path.read_bytes()).splitlines()) if line]
-        for name, *numbers in lines[lines[0][-1].isalnum() and not lines[0][-1].isdigit():]:     # a header or none
+        if lines and lines[0][-1].strip()[:1].isalpha():
+            lines = lines[1:]                                   # the header
+        for name, *numbers in lines:
             points = np.array(numbers, np.float64) / side
             if points.shape != (10,) or not (abs(points - 0.5) < 1.5).all():
                 raise ValueError(f"the row of {name} is {numbers}, not ten numbers in or near {side} x {side} pixels")

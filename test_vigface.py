@@ -90,7 +90,14 @@ def test_published_weights_are_loaded_key_by_key(tmp_path, capsys, units, se, co
     f = model.embed(rgb, images)
     assert torch.allclose(f.norm(dim=1), torch.ones(1)) and torch.equal(f, model.embed(rgb, images.flip(3)))
     assert torch.equal(f, model.embed(bgr, images.flip(1)))
-    for content in ({"model.extra": torch.zeros(1)}, Path("of a class that weights never are")):
+    bare = {name.removeprefix("model."): tensor for name, tensor in state.items() if "head" not in name}
+    torch.save({f"net.{name}": tensor.double() for name, tensor in bare.items()}, tmp_path / "cvl.pt")
+    save_file({f"model.net.{name}": tensor for name, tensor in bare.items()}, tmp_path / "cvl.safetensors")
+    assert model.load_recogniser(tmp_path / "a.ckpt")[0].bgr                    # AdaFace's; CVLface's read RGB
+    for name in ("cvl.pt", "cvl.safetensors"):
+        assert torch.equal(f, model.embed(model.load_recogniser(tmp_path / name)[0], images))
+    for content in ({"model.extra": torch.zeros(1)}, {"layer1.0.bn1.weight": torch.zeros(1)},
+                    Path("of a class that weights never are")):
         torch.save(content, tmp_path / "b.pth")
         assert "b.pth: expected" in stops(capsys, model.load_recogniser, tmp_path / "b.pth")
 
@@ -420,31 +427,88 @@ def test_for_an_unreadable_image_the_next_one_stands_in(tmp_path, monkeypatch, c
         assert "any other" in stops(capsys, data.Faces, [tmp_path / "a"])
 
 
+def stored(image, kind="PNG", **options):
+    image.save(buffer := io.BytesIO(), kind, **options)
+    return buffer
+
+
+def test_an_image_is_opened_as_it_is_meant_to_be_seen(tmp_path, monkeypatch):
+    """Upright, of any depth in 8 bits, on white where it is transparent, and without starting a program."""
+    image = to_pil_image(people(1, 1)[0][0])
+    exif, grey, clear = Image.Exif(), np.asarray(image.convert("L")), image.convert("RGBA")
+    exif[0x112] = 6
+    turned = data.open_image(stored(image.transpose(Image.Transpose.ROTATE_90), exif=exif))
+    assert np.array_equal(np.asarray(turned), np.asarray(image))
+    for deep, kind in ((grey.astype(np.uint16) * 257, "PNG"), (grey.astype(np.int32) * 257, "TIFF"),
+                       (grey / np.float32(255), "TIFF")):
+        assert np.array_equal(np.asarray(data.open_image(stored(Image.fromarray(deep), kind)))[..., 0], grey)
+    clear.putalpha(0)
+    assert (np.asarray(data.open_image(stored(clear))) == 255).all()
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(Exception):
+        data.open_image(stored(image, "EPS"))
+    assert not (tmp_path / "started").exists()
+
+
+def test_files_and_rows_that_are_not_used_are_said(tmp_path, capsys):
+    folder(tmp_path / "a", 2, 2)
+    (tmp_path / "a/person 0/2020").mkdir()
+    (tmp_path / "a/person 0/0.png").rename(tmp_path / "a/person 0/2020/0.jfif")
+    (tmp_path / "a/person 1/0.heic").touch()
+    faces = data.Faces([tmp_path / "a"])
+    said = capsys.readouterr().out
+    assert faces.labels.tolist() == [0, 0, 1, 1] and "1 .heic" in said
+    assert "1 of its 4 rows name no image" in said and faces.landmarks.isnan().sum() == 10
+    rows = (tmp_path / "a/landmarks.csv").read_text().splitlines()
+    exchanged = [[name, *numbers[6:], *numbers[4:6], *numbers[:4]] for name, *numbers in csv.reader(rows)]
+    (tmp_path / "a/landmarks.csv").write_text("\n".join(map(",".join, exchanged)))
+    assert data.read_landmarks(tmp_path / "a", ["person 1/0.png"], 32).isfinite().all()
+    assert "WARNING" in capsys.readouterr().out
+
+
 def test_benchmark_round_trip_by_threads(tmp_path, monkeypatch):
     flat = torch.stack([torch.full((4, 3, 8, 8), 10 * i, dtype=torch.uint8) for i in range(20)])
     data.write_bin(tmp_path / "t.bin", flat, 300, torch.Generator().manual_seed(0))
     together, read = threading.Barrier(2), data.read_image                      # two are decoded at once
-    monkeypatch.setattr(data, "processors", lambda: 2)
-    monkeypatch.setattr(data, "read_image", lambda *file: (together.wait(20), read(*file))[1])
-    images, same = data.read_benchmark(tmp_path / "t.bin", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "processors", lambda: 2)
+        patch.setattr(data, "read_image", lambda *file: (together.wait(20), read(*file))[1])
+        images, same = data.read_benchmark(tmp_path / "t.bin", 8)
     first, second = images[0::2, 0, 0, 0], images[1::2, 0, 0, 0]
     assert torch.equal(first == second, same) and same.float().mean() == 0.5
     for fold in range(10):                                                      # folds share no person
         assert len({*first.chunk(10)[fold].tolist(), *second.chunk(10)[fold].tolist()}) == 2
-    old = pickle.loads((tmp_path / "t.bin").read_bytes())                       # Python 2 with numpy images
-    old = [np.frombuffer(image, np.uint8) for image in old[0]], old[1]
-    (tmp_path / "old.bin").write_bytes(pickle.dumps(old, protocol=2))
-    assert torch.equal(data.read_benchmark(tmp_path / "old.bin", 8)[0], images)
+    encoded, truth = pickle.loads((tmp_path / "t.bin").read_bytes())            # and as numpy's arrays
+    arrays = [np.frombuffer(image, np.uint8) for image in encoded]
+    for protocol, labels in itertools.product((0, 2, 5), (truth, np.array(truth), np.array(truth)[:, None],
+                                                          [*np.array(truth)], np.array(truth, np.int64))):
+        (tmp_path / "n.bin").write_bytes(pickle.dumps((arrays, labels), protocol))
+        assert all(map(torch.equal, data.read_benchmark(tmp_path / "n.bin", 8), (images, same)))
 
 
 PNG = jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))
 
 
+class Call:
+    """Asks for a call when it is unpickled."""
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+POINTERS = Call(np.ndarray, (10,), "O", b"A" * 80)                      # objects at addresses of somebody's choice
+
+
 @pytest.mark.parametrize("content", [
+    pickle.dumps(([PNG] * 20, POINTERS)), pickle.dumps(([POINTERS] * 20, [True, False] * 5)),
     pickle.dumps(([PNG] * 21, [True, False] * 5)), pickle.dumps(([PNG] * 20, [True, False] * 5))[:-40],
     pickle.dumps(([PNG] * 20, [True] * 10)), pickle.dumps(([PNG[:30]] * 20, [True, False] * 5)),
     pickle.dumps(([], [])), pickle.dumps(7), b"", b"cos\nsystem\n(S'touch owned'\ntR."],
-    ids=["odd", "cut", "all same", "broken", "empty", "int", "no", "hostile"])
+    ids=["pointers as labels", "pointers as images", "odd", "cut", "all same", "broken", "empty", "int", "no", "hostile"])
 def test_a_malformed_benchmark_is_one_clear_line_and_runs_nothing(tmp_path, monkeypatch, capsys, content):
     monkeypatch.chdir(tmp_path)
     Path("x.bin").write_bytes(content)
@@ -871,7 +935,8 @@ def test_a_checkpoint_with_absurd_metadata_or_cut_short_is_refused(copied, capsy
     fr, state = copied / "runs/fr/model.safetensors", copied / "runs/fr/state.pt"
     tensors, meta = model.load_model(fr.parent, "fr")
     for absurd in ({"config": {"size": 10 ** 12}}, {"config": {"size": 32, "width": 4096, "units": [9] * 4}},
-                   {"config": []}, {"names": ["../../outside"]}, {"names": 3}, {"stage": None}):
+                   {"config": []}, {"names": ["../../outside"]}, {"names": [""]},
+                   {"config": {"size": 32, "units": [10 ** 9]}}, {"names": 3}, {"stage": None}):
         save_file(tensors, fr, {"vigface": json.dumps(meta | absurd)})
         stops(capsys, model.load_recogniser, fr.parent)
     for path, read, *arguments in ((fr, model.load_recogniser, fr.parent),
@@ -881,6 +946,12 @@ def test_a_checkpoint_with_absurd_metadata_or_cut_short_is_refused(copied, capsy
             stops(capsys, read, *arguments)
 
 
+def damage(root, change, last=4):
+    """Changes the last images of a folder."""
+    for path in sorted(root.rglob("*.png"))[-last:]:
+        change(Image.open(path)).save(path)
+
+
 # What is in the folder `set`, as arguments of `folder` or a function; the command; what must be said.
 BAD_INPUT = {
     "missing folder": (None, "fr_train.py --data nowhere", "nowhere: no such folder"),
@@ -888,6 +959,20 @@ BAD_INPUT = {
     "batch of one": ((2, 2), "fr_train.py --data set --batch 1", "expected 2 people or more"),
     "records cut short": (lambda root: [write_records(root, [PNG], [0]), os.truncate(root / "train.rec", 99)],
                           "fr_train.py --data set", "train.idx: expected"),
+    "two record files": (lambda root: [write_records(root / name, [PNG] * 4, [0, 1, 0, 1]) for name in "ab"],
+                         "fr_train.py --data set/a set/b", "different people"),
+    "records and folders": (lambda root: [folder(root, 1, 1), write_records(root, [PNG], [0])],
+                            "fr_train.py --data set", "one of the two"),
+    "crops not square": (lambda root: [folder(root, 2, 2), damage(root, lambda image: image.resize((24, 32)))],
+                         "fr_train.py --data set", "square"),
+    "crops of two sizes": (lambda root: [folder(root, 2, 2), damage(root, lambda image: image.resize((48, 48)), 1)],
+                           "fr_train.py --data set", "all of one size"),
+    "photographs": ((2, 2, 40), "fr_train.py --data set", "docs/align.py"),
+    "landmarks of nan": (lambda root: [folder(root, 2, 2), (root / "landmarks.csv").write_text("a,nan" + ",1" * 9)],
+                         "fr_train.py --data set", "not ten numbers"),
+    "two benchmarks of one name": (None, "evaluate.py --pairs faces/held.bin runs/held.bin", "of each name"),
+    "one real person": ((1, 4), "evaluate.py --fr runs/fr --real set", "two people or more"),
+    "two solver steps": (None, "sample.py --steps 2", "3 or more"),
     "minus one epoch": ((2, 2), "fr_train.py --data set --epochs -1", "expected 2 people or more"),
     "unfinished set": (lambda root: [folder(root, 2, 2), (root / "run.json").touch()],
                        "fr_train.py --data set", "set: sample.py has not finished it"),

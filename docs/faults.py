@@ -1,4 +1,4 @@
-"""Kills and starves the scripts on a small drawn set: python docs/faults.py [KILLS [SEED [STAGE]]]
+"""Kills and starves the scripts on a few toy faces: python docs/faults.py [KILLS [SEED [STAGE]]]
 
 Each script is killed (SIGKILL) KILLS times (default 20), at random moments, and started again each time, in a
 new folder when it came to its end; what it leaves then must equal, byte for byte, what a run leaves that
@@ -31,7 +31,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 bad = []
 stages = {"fr": "fr_train.py --data faces --epochs 100 --batch 32 --out {}/fr",
           "dit": "dit_train.py --fr whole/fr --steps 20 --batch 8 --out {}/dit",
-          "virtual": "sample.py --dit whole/dit --virtual 20 --batch 2 --max-real 2 --out {}/virtual",
+          "virtual": "sample.py --dit whole/dit --virtual 20 --batch 2 --out {}/virtual",
           "report": "evaluate.py --fr whole/fr --datasets whole/virtual --out {}/report"}
 
 
@@ -72,9 +72,9 @@ def differences(folder, whole):
 
 
 def draw():
-    """faces/, 30 people with landmarks and a benchmark."""
-    who = torch.rand(30, sum(data.PERSON.values())).repeat_interleave(4, 0)
-    images, points = data.draw_faces(who, torch.rand(120, sum(data.PICTURE.values())), 32)
+    """faces/, the toy faces of 30 people, with landmarks and a benchmark."""
+    who = (2 * torch.rand(30, data.PERSON) - 1).repeat_interleave(4, 0)
+    images, points = data.draw_faces(who, 2 * torch.rand(120, data.PICTURE) - 1, 32)
     images = (255 * images).to(torch.uint8)
     names = [f"person {i // 4}/{i % 4}.png" for i in range(120)]
     for name, image in zip(names, images):

@@ -3,7 +3,7 @@
 Every STRIDE-th image of the folder (default 1). Prints the share found, images a second, the distance to the
 landmarks in its landmarks.csv and to those the same detector finds without bf16, in pixels of the crop, and
 the rate of `largest_face` on photographs of 200 pixels: the crops with a border, a thread for each processor,
-as `data.py align` does.
+as docs/align.py does.
 """
 import contextlib
 import sys
@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import model
-from data import Faces, crop_landmarks, largest_face, load_detector, processors
+import data
+from align import largest_face
+from data import Faces, crop_landmarks, load_detector, processors
+from model import DEVICE
 
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 faces = Faces([sys.argv[1]])
-detector = load_detector((sys.argv[2:] or [None])[0], "runs", device)
+detector = load_detector((sys.argv[2:] or [None])[0], "runs")
 chosen = torch.arange(0, len(faces), int((sys.argv[3:] or [1])[0]))
 
 
@@ -29,9 +30,9 @@ def find():
     """Landmarks (M, 5, 2) in pixels of the chosen images, and images a second after the first batch."""
     found = []
     for images, _ in faces.loader(chosen.split(64)):
-        found.append(crop_landmarks(detector, images.to(device)))
+        found.append(crop_landmarks(detector, images.to(DEVICE)))
         start = time.time() if len(found) == 1 else start
-    return faces.size * torch.cat(found), (len(chosen) - 64) / (time.time() - start)
+    return faces.size * torch.cat(found), max(0, len(chosen) - 64) / (time.time() - start)
 
 
 def describe(name, points, others):
@@ -46,25 +47,25 @@ def describe(name, points, others):
 
 def photograph(i):
     """Image i as a photograph of 200 pixels, with its border repeated."""
-    image = torch.from_numpy(faces.__getitems__([i])[0])
+    image = torch.from_numpy(faces[i][0])[None]
     image = F.interpolate(image.float(), size=112, mode="bilinear", antialias=True)
     return to_pil_image(F.pad(image, (44,) * 4, mode="replicate")[0].round().clamp(0, 255).byte())
 
 
 points, rate = find()
 share = (~points.isnan().flatten(1).any(1)).float().mean()
-print(f"{len(points)} images, found {share:.2%}, {rate:.0f} img/s on {device}")
+print(f"{len(points)} images, found {share:.2%}, {rate:.0f} img/s on {DEVICE}")
 describe("landmarks.csv", points, faces.size * faces.landmarks[chosen])
-model.autocast, kept = lambda device: contextlib.nullcontext(), model.autocast
+data.autocast, kept = contextlib.nullcontext, data.autocast
 exact, _ = find()
-model.autocast = kept
+data.autocast = kept
 describe("the same detector without bf16", points, exact)
 
 
 def seen(image):
     """Is there a face in a photograph?"""
     try:
-        return len(largest_face(detector, image, device, smallest=40)) == 5
+        return len(largest_face(detector, image)) == 5
     except ValueError:
         return False
 

@@ -4,7 +4,7 @@ A line each: images a second, milliseconds a step, share of a large matrix produ
 (by the FLOPs that PyTorch counts in one eager step; in bf16, or fp32 on a CPU without it), peak memory, and
 how many graphs torch.compile made before the measurement + during it (none, if nothing recompiles in steady
 state). On random images that are on the device already, but for the sampling, which is sample.py's own loop
-with its audit and JPEG files, and the loading. On a CPU the same with small batches, not compiled.
+with its verdicts and JPEG files, and the loading. On a CPU the same with small batches, not compiled.
 """
 import copy
 import gc
@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample
 from data import PERSON, PICTURE, Faces, draw_faces, processors
 from dit_train import mirror
+from evaluate import FaceSet
 from fr_train import augment, make_optimizer
-from model import (DIT_SIZES, DiT, Prototypes, Recogniser, autocast, compiled, digest, dit_loss, save_model,
-                   vigface_loss, virtual_batch_size)
+from model import (DEVICE, DIT_SIZES, DiT, Prototypes, Recogniser, autocast, compiled, dit_loss, vigface_loss,
+                   virtual_batch_size)
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
+GPU = DEVICE.type == "cuda"
 PEOPLE = 10_572                                                         # of CASIA-WebFace
 
 
@@ -53,7 +53,7 @@ def matrix_product():
     """FLOP/s of a large matrix product, in the type that autocast takes here."""
     side = 8192 if GPU else 1024
     a, b = torch.randn(2, side, side, device=DEVICE)
-    with autocast(DEVICE):
+    with autocast():
         kind = (a @ b).dtype
     a, b = a.to(kind), b.to(kind)
     return 2 * side ** 3 / seconds(lambda: a @ b, warm=3, steps=10, runs=5)
@@ -85,7 +85,7 @@ def measure(name, images, step, flops, warm=4 if GPU else 0, steps=8 if GPU else
 
 def fast(net):
     """The network as the trainers run it: compiled on a GPU."""
-    return compiled(net, DEVICE, 10 ** 9 if GPU else 0)
+    return compiled(net, 10 ** 9 if GPU else 0)
 
 
 def recogniser(batch, virtual, eager=None):
@@ -100,7 +100,7 @@ def recogniser(batch, virtual, eager=None):
     plain = lambda: torch.autocast(DEVICE.type, eager, enabled=eager != torch.float32)
 
     def step(net):
-        with plain() if eager else autocast(DEVICE):
+        with plain() if eager else autocast():
             f = net(augment(x))
         sum(vigface_loss(f, labels, prototypes, b_virtual)).backward()
         torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5)
@@ -122,12 +122,11 @@ def transformer(arch, batch):
     x = torch.randn(batch, 3, 112, 112, device=DEVICE).clamp(-1, 1)
     landmarks = torch.rand(batch, 5, 2, device=DEVICE)
     w = F.normalize(torch.randn(batch, 512, device=DEVICE))
-    sigma2 = torch.full((512,), 1e-3, device=DEVICE)
 
     def step(dit_handle, backbone_handle):
         images, points = mirror(x, landmarks)
-        with autocast(DEVICE):
-            v_loss, identity_loss = dit_loss(dit_handle, backbone_handle, images, w, points, sigma2)
+        with autocast():
+            v_loss, identity_loss = dit_loss(dit_handle, backbone_handle, images, w, points)
         (v_loss + 0.1 * identity_loss).backward()
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
@@ -141,32 +140,32 @@ def transformer(arch, batch):
 def sampling(arch, batch, batches, virtual, steps, guidance):
     """sample.py's own loop, noise to JPEG files, each compared with 100,000 real faces; none is rejected."""
     size, patch = arch.split("/")
+    backbone = Recogniser().eval().requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
+    prototypes = Prototypes(PEOPLE, virtual, 512).requires_grad_(False).to(DEVICE)
+    prototypes.settle(torch.eye(512, device=DEVICE) / 512)
+    dit = DiT(patch=int(patch), **DIT_SIZES[size]).requires_grad_(False).to(DEVICE)
+    f = F.normalize(torch.randn(100_000, 512, device=DEVICE)).to(torch.half if GPU else torch.float)
+    real = FaceSet(f, torch.arange(100_000, device=DEVICE) % PEOPLE)
+    poses, fr = torch.rand(1000, 5, 2), {"names": [f"p{i}" for i in range(PEOPLE)], "data": []}
+    net, thresholds = fast(dit), {"centre": 2, "image": 2}              # compiled once, not in every run
+
+    # What comes before and after the loop: nothing is loaded, embedded or joined.
+    sample.load, sample.digest = lambda args: (dit, poses, backbone, prototypes, fr), lambda folder: ""
+    sample.embed_real, sample.compiled = lambda *_: (real, thresholds), lambda *_: net
+    sample.finish = lambda *_: None
     with tempfile.TemporaryDirectory() as folder:
-        fr, prototypes = Recogniser(), Prototypes(PEOPLE, virtual, 512)
-        dit = DiT(patch=int(patch), **DIT_SIZES[size])
-        tensors = {"backbone": fr.state_dict(), "prototypes": prototypes.state_dict()}
-        save_model(f"{folder}/fr", "fr", fr.config, tensors, data=[], val=[], free=False, step=1, steps=1,
-                   names=[f"p{i}" for i in range(PEOPLE)])
-        real = {"f": F.normalize(torch.randn(100_000, 512)).half(), "labels": torch.arange(100_000) % PEOPLE,
-                "thumbs": F.normalize(torch.randn(100_000, 256)).half()}
-        poses = {"landmarks": torch.rand(1000, 5, 2), "rows": torch.zeros(1000).long()}
-        parts = {"dit": dit.state_dict(), "poses": poses, "real": real}
-        save_model(f"{folder}/dit", "dit", dit.config, parts, fr=f"{folder}/fr", step=1, steps=1,
-                   fr_sha256=digest(f"{folder}/fr"), lines={"copy": 1.0})
-        args = sample.parser.parse_args(f"--dit {folder}/dit --steps {steps} --guidance {guidance} "
-                                        f"--batch {batch} --max-real 2".split())
-        artist = sample.Artist(args, DEVICE)
-        net = fast(artist.dit)
-        sample.compiled = lambda *_: net                                # compiled once, not in every run
+        flags = f"--steps {steps} --guidance {guidance} --batch {batch} --per-id {batch}".split()
 
         def step(count=batches):
-            wanted = {PEOPLE + person: batch for person in range(count)}
-            sample.draw_people(artist, wanted, Path(folder) / "set")
-            assert len([*Path(folder).glob("set/*/*.jpg")]) >= count * batch
+            out = tempfile.mkdtemp(dir=folder)
+            sys.argv[1:] = [*flags, "--virtual", str(count), "--out", out]
+            sample.main()
+            assert len([*Path(out).glob("v*/*.jpg")]) == count * batch
 
         def one_batch():
-            jobs = [(PEOPLE, index, 0, index) for index in range(batch)]
-            artist.judge(jobs, artist.draw(artist.dit, jobs))
+            args, W = sample.parser.parse_args(flags), prototypes.to_draw()
+            jobs = [sample.Job(PEOPLE, "v000000", index, 0, index) for index in range(batch)]
+            sample.judge(backbone, prototypes, W, real, thresholds, jobs, sample.draw(dit, W, poses, jobs, args))
         flops = batches * flops_of(one_batch)
         if GPU:
             step(1)                                                     # compiles; later runs do not
@@ -177,7 +176,7 @@ def sampling(arch, batch, batches, virtual, steps, guidance):
 def loading(batch, count=4000):
     """Decoding JPEG files of 112 pixels by the loader's workers, images a second after the first batch."""
     with tempfile.TemporaryDirectory() as folder:
-        who, how = (torch.rand(20, sum(numbers.values())) for numbers in (PERSON, PICTURE))
+        who, how = (2 * torch.rand(20, numbers) - 1 for numbers in (PERSON, PICTURE))
         drawn, _ = draw_faces(who, how, 112)
         for i in range(count):
             path = Path(folder) / f"p{i // 20}/{i % 20}.jpg"
@@ -209,7 +208,7 @@ if __name__ == "__main__":
     for eager in (torch.float16, torch.bfloat16) if GPU else (torch.float32,):
         clean(recogniser, 512 if GPU else 4, PEOPLE, eager)
     clean(transformer, "B/8", 256 if GPU else 2)
-    for steps, guidance in ((10, 1.0), (20, 2.0)) if GPU else ((2, 1.0), (2, 2.0)):
+    for steps, guidance in ((10, 1.0), (20, 2.0)) if GPU else ((3, 1.0), (3, 2.0)):
         if GPU:
             clean(sampling, "B/8", 256, 6, 120_000, steps, guidance)
         else:
