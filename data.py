@@ -1,9 +1,9 @@
 """Faces: training sources and their batches, InsightFace's files, landmarks, and the toy faces of the demo.
 
-A source is a folder of identity/image.jpg, or of InsightFace's train.rec and train.idx (identities are labels,
-file names are keys). It may hold landmarks.csv (file,x1,y1,...,x5,y5 in pixels: eyes, nose, mouth corners, left
-to right) and *.bin benchmarks. The source `demo` is drawn into runs/demo, as just such a folder, on first use.
-Photographs become aligned crops by docs/align.py.
+A source is a folder of identity/image.jpg, or of InsightFace's train.rec and train.idx (identities are
+labels, file names are keys). It may hold landmarks.csv (file,x1,y1,...,x5,y5 in pixels: eyes, nose, mouth
+corners, left to right) and *.bin benchmarks. The source `demo` is drawn into runs/demo, as just such a
+folder, on first use. Photographs become aligned crops by docs/align.py.
 """
 import contextlib
 import csv
@@ -45,7 +45,9 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
 
 
 def open_image(file):
-    """A PIL image, RGB, of a path or an open file: upright, grey of any depth in 8 bits, on white if transparent."""
+    """A PIL image, RGB, of a path or an open file: upright, grey of any depth in 8 bits, on white if
+    transparent.
+    """
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > 2 ** 27:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
@@ -80,7 +82,8 @@ NO_RECORD = -1                                                              # th
 
 
 def open_source(name):
-    """The folder of a source, and who named its people: a recogniser, a record file, or None for their folders.
+    """The folder of a source, and who named its people: a recogniser, a record file, or None for their
+    folders.
 
     Draws the demo if it is asked for and not there yet.
     """
@@ -137,8 +140,9 @@ def open_stored(path, offset):
 class Faces(Dataset):
     """Images of one or more sources, united by identity name: images, labels, and landmarks ([0, 1] or NaN).
 
-    An item is an image, uint8 array (3, S, S), and its index. For an image that cannot be read the next one stands
-    in, with its own label and landmarks. Sets that fit in `memory` bytes are decoded once, others when needed.
+    An item is an image, uint8 array (3, S, S), and its index. For an image that cannot be read the next one
+    stands in, with its own label and landmarks. Sets that fit in `memory` bytes are decoded once, others when
+    needed.
     """
 
     def __init__(self, sources, size=None, memory=3e9):
@@ -213,7 +217,9 @@ class Faces(Dataset):
 
 
 def stacked(items):
-    """Items of `Faces` as one batch of arrays, which reach the loader by pipe; or why one is refused, and which."""
+    """Items of `Faces` as one batch of arrays, which reach the loader by pipe; or why one is refused, and
+    which.
+    """
     images, indices = zip(*items)
     for image in images:
         if isinstance(image, str):
@@ -224,7 +230,8 @@ def stacked(items):
 def batches(faces, batch, seed, first, last):
     """Yields images in [-1, 1], labels and landmarks, on DEVICE, of training steps first to last - 1.
 
-    They follow from seed and step: a resumed run sees what it would have seen. The rest of an epoch is left out.
+    They follow from seed and step: a resumed run sees what it would have seen. The rest of an epoch is left
+    out.
     """
     @functools.lru_cache(1)
     def shuffled(epoch):
@@ -365,7 +372,8 @@ def write_landmarks(path, rows):
 
 
 def read_landmarks(root, names, side):
-    """Landmarks (M, 5, 2) in [0, 1] of the images `names` of `side` pixels; NaN where landmarks.csv has none."""
+    """Landmarks (M, 5, 2) in [0, 1] of the images `names` of `side` pixels; NaN where landmarks.csv has none.
+    """
     path, row_of = root / "landmarks.csv", {name: i for i, name in enumerate(names)}
     landmarks, unknown = np.full((len(names), 10), np.nan, np.float32), []
     if not path.is_file():
@@ -415,7 +423,9 @@ class ContextModule(nn.Module):
 
 
 class RetinaFace(nn.Module):
-    """Face detector (Deng et al. 2020) on MobileNet-0.25, with the keys of published Pytorch_Retinaface weights."""
+    """Face detector (Deng et al. 2020) on MobileNet-0.25, with the keys of published Pytorch_Retinaface
+    weights.
+    """
 
     def __init__(self):
         super().__init__()
@@ -433,7 +443,8 @@ class RetinaFace(nn.Module):
         self.ClassHead, self.BboxHead, self.LandmarkHead = heads(2), heads(4), heads(10)
 
     def forward(self, images):
-        """Scores (B, A), boxes (B, A, 4), points (B, A, 5, 2), in pixels, of uint8 RGB images (B, 3, H, W)."""
+        """Scores (B, A), boxes (B, A, 4), points (B, A, 5, 2), in pixels, of uint8 RGB images (B, 3, H, W).
+        """
         x = images.flip(1).float() - torch.tensor([104., 117., 123.], device=images.device).view(3, 1, 1)
         one = self.body["stage1"](x)                                            # (B, 64, H/8, W/8)
         two = self.body["stage2"](one)                                          # (B, 128, H/16, W/16)
@@ -556,7 +567,9 @@ def move(points, scale, shift):
 
 
 def paint(place, edge, people):
-    """Colours (B, 3, P) of P places (B, 3, P) on the heads of toy people (B, PERSON); outlines are `edge` wide."""
+    """Colours (B, 3, P) of P places (B, 3, P) on the heads of toy people (B, PERSON); outlines are `edge`
+    wide.
+    """
     right, down, ahead = place.split(1, 1)
     angle = torch.atan2(right, ahead)
     tone, hair, waves, spots = people[..., None].split([3, 3, 24, 7 * len(SPOTS)], 1)
@@ -578,7 +591,9 @@ def paint(place, edge, people):
 
 
 def draw_faces(people, pictures, size):
-    """Toy people (B, PERSON) in circumstances (B, PICTURE): images (B, 3, S, S), landmarks (B, 5, 2), in [0, 1]."""
+    """Toy people (B, PERSON) in circumstances (B, PICTURE): images (B, 3, S, S), landmarks (B, 5, 2), in [0,
+    1].
+    """
     turn, shift, lamp, tint, colour, slope = pictures[..., None].split([2, 10, 3, 3, 3, 6], 1)
     axis = F.pad(turn.mT * torch.tensor([.3, .8]), (0, 1))                                  # pitch, yaw, no roll
     turn = torch.matrix_exp(torch.linalg.cross(torch.eye(3)[None], axis))                   # (B, 3, 3)
@@ -614,7 +629,9 @@ def write_bin(path, images, pairs, generator):
 
 
 def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
-    """Draws the demo: a folder of toy `people` with landmarks.csv, and heldout.bin of others nobody trains on."""
+    """Draws the demo: a folder of toy `people` with landmarks.csv, and heldout.bin of others nobody trains
+    on.
+    """
     generator, temporary = torch.Generator().manual_seed(0), Path(f"{root}.tmp")
     images, rows = [], []
     for person in tqdm(range(people + held_out), "drawing toy faces", leave=False):

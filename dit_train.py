@@ -2,9 +2,9 @@
 
     python dit_train.py                                     # on the data and prototypes of runs/fr
 
-Writes OUT/model.safetensors (averaged weights, and the poses of the training faces: nobody's embedding or name),
-OUT/state.pt, from which the same command continues a run that was killed, and OUT/preview-STEP.jpg: four real and
-four virtual people, a row each, at guidance 2.
+Writes OUT/model.safetensors (averaged weights, and the poses of the training faces: nobody's embedding or
+name), OUT/state.pt, from which the same command continues a run that was killed, and OUT/preview-STEP.jpg:
+four real and four virtual people, a row each, at guidance 2.
 """
 import argparse
 import copy
@@ -43,7 +43,9 @@ def mirror(x, landmarks):
 
 
 def preview(path, dit, backbone, W, n, landmarks, seed, rows=4, columns=8):
-    """Draws four of the n real and four of the virtual people of W; returns their mean cosine to the prototype."""
+    """Draws four of the n real and four of the virtual people of W; returns their mean cosine to the
+    prototype.
+    """
     real, virtual = W[:n], W[n:]
     if not len(virtual):
         virtual = real

@@ -5,7 +5,8 @@
     python evaluate.py --fr adaface.ckpt --datasets SET --real casia/ --strict      # exit code 3 on a leak
 
 The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.md (the tables it prints),
-OUT/leaks.csv (every image that comes too close to a real person, and to whom) and the nearest pairs as a picture.
+OUT/leaks.csv (every image that comes too close to a real person, and to whom) and the nearest pairs as a
+picture.
 """
 import argparse
 import json
@@ -106,34 +107,33 @@ def diversity(quality, labels):
 def resemblance(faces, real, own=None):
     """How near each image comes to real people: {test: (cosine, person or image of `real`), (M,) each}.
 
-    centre: to the nearest person's centre. image: to the nearest image. Images of the person own (M,), if given, are
-    left out.
+    centre: to the nearest person's centre. image: to the nearest image. copy, where `faces` have them: of
+    thumbnails, mirrored or not. Images of the person own (M,), if given, are left out.
     """
     centres = F.normalize(class_sums(real.f, real.labels)[0]).to(real.f)
-    return {"centre": nearest(faces.f, centres, own), "image": nearest(faces.f, real.f, own, real.labels)}
-
-
-def copy_resemblance(faces, real, own=None):
-    """Cosine of thumbnails to the nearest real image, mirrored or not, and which: (M,) each."""
-    mirrored = real.thumbs.view(-1, 16, 16).flip(2).flatten(1)
-    cosine, which = nearest(faces.thumbs, torch.cat([real.thumbs, mirrored]), own, real.labels.repeat(2))
-    return cosine, which % len(real.f)
+    found = {"centre": nearest(faces.f, centres, own), "image": nearest(faces.f, real.f, own, real.labels)}
+    if faces.thumbs is not None:
+        mirrored = real.thumbs.view(-1, 16, 16).flip(2).flatten(1)
+        cosine, which = nearest(faces.thumbs, torch.cat([real.thumbs, mirrored]), own, real.labels.repeat(2))
+        found["copy"] = cosine, which % len(real.f)
+    return found
 
 
 def thresholds_of(real, strangers):
-    """{test: cosine} below which 99 % of real images stay against other people, and the cap on these thresholds.
+    """{test: cosine} below which 99 % of real images stay against other people, and the cap on these
+    thresholds.
 
-    The cap is the median cosine of an image to the centre of its person's other images: a weak judge, or a set with
-    wrong labels, would else let copies by. For copies, halfway from what 99.9 % stay below to identical.
+    The cap is the median cosine of an image to the centre of its person's other images: a weak judge, or a
+    set with wrong labels, would else let copies by. For copies, halfway from what 99.9 % stay below to
+    identical.
     """
     total, count = class_sums(real.f, real.labels)
     several = count[real.labels] > 1
     others = total[real.labels[several]] - real.f[several]
     own = F.cosine_similarity(others, real.f[several])
     cap = quantile(own, 0.5) if len(own) else 1.0
-    thresholds = {test: min(cap, quantile(cosine, 0.99)) for test, (cosine, _) in strangers.items()}
-    if "copy" in strangers:
-        thresholds["copy"] = min(0.99, (1 + quantile(strangers["copy"][0], 0.999)) / 2)
+    thresholds = {test: min(cap, quantile(strangers[test][0], 0.99)) for test in ("centre", "image")}
+    thresholds["copy"] = min(0.99, (1 + quantile(strangers["copy"][0], 0.999)) / 2)
     return thresholds, cap
 
 
@@ -167,7 +167,8 @@ def judge(data, found, thresholds, prototypes):
 
 
 def offenders(data, found, thresholds, real):
-    """Rows of leaks.csv: each image over a threshold, which one, how far, whom and what image it resembles."""
+    """Rows of leaks.csv: each image over a threshold, which one, how far, whom and what image it resembles.
+    """
     people = [*real.faces.people]
     for test, (cosine, which) in found.items():
         for i in (cosine > thresholds[test]).nonzero()[:, 0].tolist():
@@ -251,11 +252,11 @@ def main():
         real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]))
         if len(real.faces.people) < 2:
             fail(f"--real {' '.join(sources)}: expected two people or more; with one, strangers are unknown")
-        strangers = resemblance(real, real, real.labels) | {"copy": copy_resemblance(real, real, real.labels)}
+        strangers = resemblance(real, real, real.labels)
         thresholds, cap = thresholds_of(real, strangers)
         for number, name in enumerate(datasets, 1):
             data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"]))
-            found = resemblance(data, real) | {"copy": copy_resemblance(data, real)}
+            found = resemblance(data, real)
             report["datasets"][name] = judge(data, found, thresholds, prototypes)
             leaks += ([name, *row] for row in offenders(data, found, thresholds, real))
             draw_closest(out / f"{number}-{Path(name).name}" / "closest.jpg", data, found, real)

@@ -3,9 +3,10 @@
 It follows the paper: the recogniser; prototypes, margin losses and virtual embeddings; the Diffusion
 Transformer; diffusion and its solver. Saving, loading and resuming come last.
 
-Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, M images of a set,
-N tokens, C network width. Networks see RGB images (B, 3, S, S) in [-1, 1]. Landmarks are (B, 5, 2), x and y in
-[0, 1] of the image: left eye, right eye, nose, left and right mouth corner, as the viewer sees left and right.
+Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, M images of a
+set, N tokens, C network width. Networks see RGB images (B, 3, S, S) in [-1, 1]. Landmarks are (B, 5, 2), x
+and y in [0, 1] of the image: left eye, right eye, nose, left and right mouth corner, as the viewer sees left
+and right.
 """
 import contextlib
 import hashlib
@@ -123,7 +124,8 @@ class ResidualUnit(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """f: images (B, 3, S, S) -> embeddings (B, D). The default is IR-SE50; keys are those of AdaFace's weights.
+    """f: images (B, 3, S, S) -> embeddings (B, D). The default is IR-SE50; keys are those of AdaFace's
+    weights.
 
     Published networks differ in `units`, the residual units of each stage; some lack `se`, the channel gates;
     some were trained on `bgr` images.
@@ -218,7 +220,8 @@ def class_sums(f, labels):
 
 
 def person_moment(f, labels):
-    """How people differ: the second moment (D, D), of trace 1, of the part of f (M, D) that belongs to the person.
+    """How people differ: the second moment (D, D), of trace 1, of the part of f (M, D) that belongs to the
+    person.
 
     It is the mean of f_i f_j^T over pairs of images of one person, which have only the person in common.
     """
@@ -256,8 +259,9 @@ class Prototypes(nn.Module):
     def unit(self):
         """Unit prototypes as the margin loss sees them: (n + k, D), real ones first.
 
-        paper: virtual prototypes are free vectors; here, unless `free`, they are multiplied by the second moment
-        of the real ones, because free vectors spread over all directions, also over those where no face lies.
+        paper: virtual prototypes are free vectors; here, unless `free`, they are multiplied by the second
+        moment of the real ones, because free vectors spread over all directions, also over those where no
+        face lies.
         """
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if not self.free:
@@ -267,11 +271,13 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def settle(self, people):
-        """Fixes the virtual prototypes that will be drawn; `people` (D, D) is the `person_moment` of real faces.
+        """Fixes the virtual prototypes that will be drawn; `people` (D, D) is the `person_moment` of real
+        faces.
 
         paper: unstated, so as trained; here, unless `free`, they are whitened and given a moment that is two
         thirds that of real prototypes and one third that of people. Prototypes of few images differ also as
-        their photographs do, so the first alone asks for people who do not exist; the second alone crowds them.
+        their photographs do, so the first alone asks for people who do not exist; the second alone crowds
+        them.
         """
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if not self.free:
@@ -288,7 +294,8 @@ class Prototypes(nn.Module):
 def arcface(cos, labels, quality=None, margin=0.5, scale=64.0):
     """ArcFace logits (B, classes): s cos(theta + m) at the label, s cos(theta) elsewhere (ArcFace, eq. 3).
 
-    Where theta + m > pi the cosine would rise again; there it is s (cos(theta) - m sin(m)). `quality` is unused.
+    Where theta + m > pi the cosine would rise again; there it is s (cos(theta) - m sin(m)). `quality` is
+    unused.
     """
     target = cos.gather(1, labels[:, None])                                     # (B, 1)
     sin = (1 - target ** 2).clamp(min=1e-9).sqrt()
@@ -312,7 +319,8 @@ MARGINS = {"arcface": (arcface, 0.5), "adaface": (adaface, 0.4)}
 
 
 def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
-    """AdaFace's image quality (B, 1) in [-1, 1]: the norm of embeddings f (B, D) against its running average."""
+    """AdaFace's image quality (B, 1) in [-1, 1]: the norm of embeddings f (B, D) against its running average.
+    """
     with torch.no_grad():
         norm = f.norm(dim=1, keepdim=True).clamp(1e-3, 100)
         prototypes.norm_mean.lerp_(norm.mean(), t_alpha)
@@ -321,7 +329,8 @@ def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
 
 
 def quality_loss(f, cos, labels, prototypes):
-    """CR-FIQA: predicts own cosine / (nearest other cosine + 1 + eps) from detached f (B, D); cos is (B, n)."""
+    """CR-FIQA: predicts own cosine / (nearest other cosine + 1 + eps) from detached f (B, D); cos is (B, n).
+    """
     with torch.no_grad():
         other = cos.scatter(1, labels[:, None], -2).amax(1, keepdim=True)
         target = cos.gather(1, labels[:, None]) / (other + 1 + 1e-9)            # (B, 1)
@@ -336,8 +345,8 @@ def virtual_batch_size(step, k, b_real, n):
 def around(w, noise, sigma2):
     """Virtual embeddings (B, D), of unit length, around prototypes w: w + noise sigma, normalised.
 
-    paper: sigma^2 is the mean of (f - w)^2; here it is scaled, because normalising brings w + noise sigma back
-    towards w. Its cosine to w becomes 1 / sqrt(1 + sum sigma^2), and should be c, as of real embeddings.
+    paper: sigma^2 is the mean of (f - w)^2; here it is scaled, because normalising brings w + noise sigma
+    back towards w. Its cosine to w becomes 1 / sqrt(1 + sum sigma^2), and should be c, as of real embeddings.
     """
     spread = sigma2.sum().clamp(min=1e-9)
     c = (1 - spread / 2).clamp(min=0.1)                                         # |f - w|^2 = 2 - 2 c
@@ -349,12 +358,12 @@ def around(w, noise, sigma2):
 def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0):
     """Losses of real embeddings f (B, D), of b_virtual virtual embeddings, and of the quality head.
 
-    Virtual embeddings f'_j = w_v^j + N(0, 1) sigma update virtual prototypes only; real embeddings meet these as
-    negatives. sigma is an exponential average (alpha = 0.9). `ramp`, from 0 to 1, scales the margin.
+    Virtual embeddings f'_j = w_v^j + N(0, 1) sigma update virtual prototypes only; real embeddings meet these
+    as negatives. sigma is an exponential average (alpha = 0.9). `ramp`, from 0 to 1, scales the margin.
 
-    paper: whether f and w are normalised is unstated; here they are, before sigma and f', because the margin acts
-    on the sphere. paper: one loss over both batches; here both sums are divided by b_r, because b_r + b_v would
-    shrink the backbone's step as k grows.
+    paper: whether f and w are normalised is unstated; here they are, before sigma and f', because the margin
+    acts on the sphere. paper: one loss over both batches; here both sums are divided by b_r, because b_r +
+    b_v would shrink the backbone's step as k grows.
     """
     margin_logits, margin = MARGINS[head]
     with torch.autocast(f.device.type, enabled=False):
@@ -410,7 +419,8 @@ def zeroed(layer):
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and MLP, shifted, scaled and gated by the condition; at first the identity (adaLN-Zero)."""
+    """Self-attention and MLP, shifted, scaled and gated by the condition; at first the identity (adaLN-Zero).
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -432,12 +442,12 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """v(x_t, t, w, landmarks): the DiT of Peebles & Xie in pixel space, told who (w) and which pose.
 
-    Time, prototype and landmarks add up to the adaLN condition. The landmark image also joins the noisy image as
-    input channels, which makes the pose exact in space. w = 0 stands for nobody in particular.
+    Time, prototype and landmarks add up to the adaLN condition. The landmark image also joins the noisy image
+    as input channels, which makes the pose exact in space. w = 0 stands for nobody in particular.
 
-    paper: what the network gives is unstated; here it gives x0, from which v follows, because the noise of a wide
-    patch does not fit into one token (as in "Back to Basics: Let Denoising Generative Models Denoise", Li & He
-    2025). Two convolutions turn tokens and input into pixels, because patches alone leave seams.
+    paper: what the network gives is unstated; here it gives x0, from which v follows, because the noise of a
+    wide patch does not fit into one token (as in "Back to Basics: Let Denoising Generative Models Denoise",
+    Li & He 2025). Two convolutions turn tokens and input into pixels, because patches alone leave seams.
     """
 
     FEATURES = 16                                                   # of each pixel, before the convolutions
@@ -506,9 +516,10 @@ def signal_noise(t):
 def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
     """Stage 2's two losses on images x (B, 3, S, S) of prototypes w (B, D): MSE of v, and identity.
 
-    paper: the identity loss pulls the drawn face towards its prototype; here it pulls towards f(x), the embedding of
-    the very picture, because a prototype is more typical of its person than any photograph: pulled there, pictures
-    lose what a recogniser has to learn from. Its weight is a^2: near t = 1 x0 is an average face without identity.
+    paper: the identity loss pulls the drawn face towards its prototype; here it pulls towards f(x), the
+    embedding of the very picture, because a prototype is more typical of its person than any photograph:
+    pulled there, pictures lose what a recogniser has to learn from. Its weight is a^2: near t = 1 x0 is an
+    average face without identity.
     """
     t = torch.randn(len(x), device=x.device).sigmoid()                  # logit-normal (Esser et al. 2024)
     a, s = signal_noise(t)
@@ -541,10 +552,11 @@ def guided(dit, w, landmarks, guidance=1.0):
 
 
 def dpm_solver(denoise, x, steps):
-    """DPM-Solver++(2M) (Lu et al. 2022): turns noise x (B, ...) at t = 1 into images, in `steps` calls of `denoise`.
+    """DPM-Solver++(2M) (Lu et al. 2022): turns noise x (B, ...) at t = 1 into images, in `steps` calls of
+    `denoise`.
 
-    Times are even in the log-SNR l = log(a / s). Second order: x0 is extrapolated from the last two estimates to
-    the middle of the step, which for even steps is 1.5 of the new one and -0.5 of the old one.
+    Times are even in the log-SNR l = log(a / s). Second order: x0 is extrapolated from the last two estimates
+    to the middle of the step, which for even steps is 1.5 of the new one and -0.5 of the old one.
     """
     # From l = -4 to 4: ten steps even in t would halve the spread of brightness and of fine detail.
     log_snr = torch.linspace(-4, 4, steps - 1).double()
@@ -579,7 +591,9 @@ def run(main):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path; what the block writes there is flushed and renamed to `path`, whole or not at all."""
+    """Yields a temporary path; what the block writes there is flushed and renamed to `path`, whole or not at
+    all.
+    """
     temporary = Path(f"{path}.{RANK}.tmp")                  # two ranks may write the same file
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -622,7 +636,9 @@ def digest(folder):
 
 
 def build(module, tensors, prefix, path, arguments={}):
-    """module(**arguments) with the tensors named `prefix`..., frozen, in evaluation mode; refuses other shapes."""
+    """module(**arguments) with the tensors named `prefix`..., frozen, in evaluation mode; refuses other
+    shapes.
+    """
     with reading(path, f"the weights of a {module.__name__}"):
         with torch.device("meta"):
             net = module(**arguments)
@@ -633,7 +649,8 @@ def build(module, tensors, prefix, path, arguments={}):
 
 
 def read_checkpoint(path):
-    """The tensors {name: tensor} of somebody's .safetensors, .pth, .pt or .ckpt, in fp32. Runs nothing of it."""
+    """The tensors {name: tensor} of somebody's .safetensors, .pth, .pt or .ckpt, in fp32. Runs nothing of it.
+    """
     if Path(path).suffix == ".safetensors":
         state = safetensors.torch.load_file(path)
     else:
@@ -651,7 +668,8 @@ def read_checkpoint(path):
 
 
 def read_published(path, prefix="net"):
-    """Published weights, their tensors renamed to `prefix`..., without the wrappers' names and margin heads."""
+    """Published weights, their tensors renamed to `prefix`..., without the wrappers' names and margin heads.
+    """
     with reading(path, "published weights"):
         return {re.sub(r"^((module|model|net|backbone)\.)*", f"{prefix}.", name): tensor
                 for name, tensor in read_checkpoint(path).items() if "head." not in name}
@@ -663,11 +681,10 @@ def load_published(path, bgr=None):
     bgr: its colour order; by default BGR for AdaFace's checkpoints, RGB for all others.
     """
     tensors = read_published(path, "backbone")
-    units = [tensor.shape[0] for name, tensor in tensors.items() if "res_layer.4.weight" in name]
+    units = [len(tensor) for name, tensor in tensors.items() if "res_layer.4.weight" in name]
     if not units or "backbone.input_layer.0.weight" not in tensors:
-        known = "InsightFace's arcface_torch" if "backbone.layer1.0.bn1.weight" in tensors else "unknown"
-        fail(f"{path}: expected AdaFace's, CVLface's or TFace's layout (input_layer, body, output_layer); found "
-             f"{', '.join([*tensors][:3])} (layout: {known}), which is not read; convert it, or name another")
+        fail(f"{path}: expected the layout of AdaFace, CVLface or TFace (input_layer, body, output_layer); found "
+             f"{', '.join([*tensors][:3])}, which looks like InsightFace's if it begins with conv1; name another file")
     if bgr is None:
         with reading(path, "published weights"):
             bgr = any(name.startswith("model.input_layer") for name in read_checkpoint(path))

@@ -75,7 +75,9 @@ def load(args):
 
 
 def embed_real(backbone, prototypes, names, sources):
-    """The FaceSet of the real faces, its labels being rows of W, and the thresholds that a picture must stay below."""
+    """The FaceSet of the real faces, its labels being rows of W, and the thresholds that a picture must stay
+    below.
+    """
     faces = Faces(sources, backbone.config["size"])
     row_of = {name: row for row, name in enumerate([*names, *(faces.people.keys() - {*names})])}
     rows = torch.tensor([row_of[name] for name in faces.people], device=DEVICE)
@@ -86,7 +88,8 @@ def embed_real(backbone, prototypes, names, sources):
 
 
 def draw(dit, W, poses, jobs, args):
-    """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed; the last job fills the batch up."""
+    """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed; the last job fills the batch up.
+    """
     jobs = jobs + jobs[-1:] * (args.batch - len(jobs))          # batches of one shape: nothing is compiled again
     noise = []
     for job in jobs:
@@ -102,7 +105,8 @@ def draw(dit, W, poses, jobs, args):
 def judge(backbone, prototypes, W, real, thresholds, jobs, images):
     """A verdict on the picture of each job: dicts of the columns of manifest.csv.
 
-    Over a threshold it is a leak. Pictures of a real person (--real-to) may resemble this person's own images.
+    Over a threshold it is a leak. Pictures of a real person (--real-to) may resemble this person's own
+    images.
     """
     f = embed(backbone, images, unit=False)[:len(jobs)] / 2
     unit = F.normalize(f)
@@ -137,7 +141,9 @@ def people_to_draw(args, names, n, real):
 
 
 def write_person(out, name, pictures, verdicts):
-    """Writes a person's accepted pictures {file: image}, then the verdicts, which say that the person is complete."""
+    """Writes a person's accepted pictures {file: image}, then the verdicts, which say that the person is
+    complete.
+    """
     for file, image in pictures.items():
         with replacing(out / file) as path:
             to_pil_image(image).save(path, "JPEG", quality=95, subsampling=0)

@@ -654,9 +654,7 @@ def test_a_judge_names_copies_even_if_it_has_collapsed(spread):
     point, labels = F.normalize(torch.randn(64), dim=0), torch.arange(40).repeat_interleave(5)
     people = F.normalize(point * (spread < 1) + spread * F.normalize(torch.randn(40, 64)))
     real = face_set(F.normalize(people[labels] + 0.05 * torch.randn(200, 64)), labels)
-    compare = lambda some, own=None: (evaluate.resemblance(some, real, own)
-                                      | {"copy": evaluate.copy_resemblance(some, real, own)})
-    strangers = compare(real, labels)
+    strangers = evaluate.resemblance(real, real, labels)
     thresholds, cap = evaluate.thresholds_of(real, strangers)
     others = [real.f[(labels == labels[i]) & (torch.arange(200) != i)].mean(0) for i in range(200)]
     own = F.cosine_similarity(torch.stack(others), real.f)
@@ -667,7 +665,7 @@ def test_a_judge_names_copies_even_if_it_has_collapsed(spread):
     strange = F.normalize(point * (spread < 1) + 0.4 * torch.randn(98, 64))
     planted = face_set(torch.cat([strange, real.f[[17, 4]]]), torch.arange(100))
     planted.thumbs[98] = real.thumbs[17].view(16, 16).flip(1).flatten()         # mirrored
-    found = compare(planted)
+    found = evaluate.resemblance(planted, real)
     row = evaluate.judge(planted, found, thresholds, model.Prototypes(40, 0, 64))
     assert row["leakage"]["verdict"] == "leaks" and row["leakage"]["copies"] == 1
     rows = [row for row in evaluate.offenders(planted, found, thresholds, real) if row[0] in ("98.jpg", "99.jpg")]

@@ -1,8 +1,9 @@
 """Cuts faces out of photographs: python docs/align.py photos/ --out faces/ [--weights PATH]
 
-RetinaFace finds the largest face of every photos/identity/photo.jpg. The crop, 112 x 112 pixels on the ArcFace
-template, goes to faces/identity/photo.jpg, its landmarks to faces/landmarks.csv. Every file of photos/ that could not
-be used has a row in faces/rejected.csv, with the reason. Further photographs may be added to the same folder.
+RetinaFace finds the largest face of every photos/identity/photo.jpg. The crop, 112 x 112 pixels on the
+ArcFace template, goes to faces/identity/photo.jpg, its landmarks to faces/landmarks.csv. Every file of
+photos/ that could not be used has a row in faces/rejected.csv, with the reason. Further photographs may be
+added to the same folder.
 """
 import argparse
 import csv
@@ -69,7 +70,9 @@ def read_rows(path):
 
 
 def align(photos, out, detector):
-    """Cuts every photograph that has no crop yet; returns how many crops and how many rejected files there are."""
+    """Cuts every photograph that has no crop yet; returns how many crops and how many rejected files there
+    are.
+    """
     photos, out = Path(photos), Path(out)
     names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*") if path.is_file())
     if not names:
