@@ -31,7 +31,7 @@ GPU = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())  
 DEVICE = torch.device(f"cuda:{GPU}" if torch.cuda.is_available() else "cpu")
 
 torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda")     # on CPUs its bf16 backward pass is slow
-torch.set_float32_matmul_precision("high")          # TF32 makes the margin loss of 120,000 people twice as fast
+torch.set_float32_matmul_precision("high")          # TF32: the margin loss of 120,000 people is twice as fast
 
 # ---------------------------------------------------------------------------------------------- small helpers
 
@@ -168,9 +168,9 @@ class Recogniser(nn.Module):
 # Networks by name, and how fr_train.py trains them: epochs, images a step, scale of the margin loss. At scale
 # 64, as published, a small network cannot keep the margin.
 RECOGNISERS = {
-    "tiny": dict(net=dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0), epochs=6, batch=128, scale=32.0),
-    "small": dict(net=dict(dim=256, width=32, units=(1, 2, 2, 1), dropout=0.0), epochs=6, batch=128, scale=32.0),
-    "ir_se50": dict(net=dict(), epochs=26, batch=512, scale=64.0)}
+    "tiny": dict(epochs=6, batch=128, scale=32.0, net=dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0)),
+    "small": dict(epochs=6, batch=128, scale=32.0, net=dict(dim=256, width=32, units=(1, 2, 2, 1), dropout=0.0)),
+    "ir_se50": dict(epochs=26, batch=512, scale=64.0, net=dict())}
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def person_moment(f, labels):
     It is the mean of f_i f_j^T over pairs of images of one person, which have only the person in common.
     """
     sums, count = class_sums(f, labels)
-    weight = 1 / (count * (count - 1)).clamp(min=1)[:, None]            # of one pair; pairs of a person add up to 1
+    weight = 1 / (count * (count - 1)).clamp(min=1)[:, None]            # pairs of a person add up to 1
     all_pairs = (sums * weight).mT @ sums
     with_itself = (f * weight[labels]).mT @ f
     # The difference is zero if everybody has one image only. The last term then decides.
@@ -568,7 +568,7 @@ def dpm_solver(denoise, x, steps):
         x0 = denoise(x, t)
         estimate = x0 if previous is None else 1.5 * x0 - 0.5 * previous
         x = s_next / s * x + (a_next - a * s_next / s) * estimate
-        previous = x0 if t < 1 else None                # the first step is infinitely long: never extrapolate it
+        previous = x0 if t < 1 else None                # never from the first step, which is infinitely long
     return denoise(x, times[-1])
 
 
@@ -683,8 +683,8 @@ def load_published(path, bgr=None):
     tensors = read_published(path, "backbone")
     units = [len(tensor) for name, tensor in tensors.items() if "res_layer.4.weight" in name]
     if not units or "backbone.input_layer.0.weight" not in tensors:
-        fail(f"{path}: expected the layout of AdaFace, CVLface or TFace (input_layer, body, output_layer); found "
-             f"{', '.join([*tensors][:3])}, which looks like InsightFace's if it begins with conv1; name another file")
+        fail(f"{path}: expected the layout of AdaFace, CVLface or TFace (input_layer, body, output_layer), found "
+             f"{', '.join([*tensors][:3])} (conv1 and layer1 are InsightFace's); name another file")
     if bgr is None:
         with reading(path, "published weights"):
             bgr = any(name.startswith("model.input_layer") for name in read_checkpoint(path))
