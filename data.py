@@ -34,14 +34,13 @@ from tqdm import tqdm
 
 from model import DEVICE, autocast, build, conv, fail, read_published, reading, replacing, to_float
 
-# ------------------------------------------------------------------------------------------------------ images
+# ---------------------------------------------------------------------------------------------------- images
 
-SUFFIXES = ("", ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")
-Image.init()                                                # older Pillows lack some formats; none starts a program
-FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN]
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}                                    # by the EXIF tag for orientation
+SUFFIXES = ("", *".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split())
+Image.init()                            # older Pillows lack some of these formats; reading them starts no program
+FORMATS = [name for name in "JPEG PNG WEBP AVIF GIF BMP TIFF PPM".split() if name in Image.OPEN]
+UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}        # by the EXIF tag for orientation
 
 
 def open_image(file):
@@ -76,7 +75,7 @@ def read_image(file, size=None):
     return pil_to_tensor(image)
 
 
-# -------------------------------------------------------------------------------------------- training sources
+# ------------------------------------------------------------------------------------------ training sources
 
 NO_RECORD = -1                                                              # the offset of an image file
 
@@ -107,7 +106,7 @@ def list_images(root):
     for folder, _, files in os.walk(root, followlinks=True):
         below = Path(folder).relative_to(root).as_posix()
         for file in sorted(files):
-            if below == "." or "/." in f"/{below}/{file}":                  # landmarks.csv and the like; hidden
+            if below == "." or "/." in f"/{below}/{file}":          # landmarks.csv and the like; hidden files
                 continue
             suffix = Path(file).suffix.lower()
             if suffix in SUFFIXES:
@@ -125,7 +124,7 @@ def list_source(root):
     names = list_images(root)
     if (root / "train.rec").is_file():
         if names:
-            fail(f"{root}: holds train.rec and folders of images, such as {names[0]}; expected one of the two")
+            fail(f"{root}: holds train.rec and folders of images, such as {names[0]}; expected one")
         return list_records(root / "train.rec")
     if not names:
         fail(f"{root}: no such folder, or no images identity/image.jpg in it")
@@ -154,8 +153,8 @@ class Faces(Dataset):
             if shared := self.people.keys() & {*identities}:
                 print(f"{root}: {len(shared)} of its people are in the sources before it, by their names")
                 if namer and any(other not in (None, namer) for other in namers):
-                    fail(f"{root}: {min(shared)} and others are different people in the sources before it; use one of "
-                         "these sources, or give its people other names, in folders")
+                    fail(f"{root}: {min(shared)} and others are different people in the sources before it; use "
+                         "one of these sources, or give its people other names, in folders")
             namers.append(namer)
             labels += [self.people.setdefault(identity, len(self.people)) for identity in identities]
             paths += [os.fsencode(f"{root}/{name}") for name in names]
@@ -187,7 +186,7 @@ class Faces(Dataset):
         for j in itertools.chain(range(i, len(self)), range(i)):
             try:
                 yield open_stored(self.path(j), self.offsets[j]), j
-            except Exception as error:                                      # images break in every possible way
+            except Exception as error:                              # images break in every possible way
                 warnings.warn(f"{self.path(j)}: cannot be read ({error}); the next image stands in")
         fail(f"{self.path(i)}: neither this nor any other image can be read")
 
@@ -197,17 +196,17 @@ class Faces(Dataset):
         image, j = next(self.readable(i))
         side = self.sides[j]
         if image.size != (side, side):                                      # `loader` ends the run with this
-            return f"{self.path(j)}: {image.width} x {image.height} pixels, expected {side} x {side}: aligned faces, " \
-                "square and all of one size in a source; docs/align.py makes them of photographs", j
+            return (f"{self.path(j)}: {image.width} x {image.height} pixels, expected {side} x {side}: aligned "
+                    "faces, square and all of one size in a source; docs/align.py makes them of photographs"), j
         if side != self.size:
             image = image.resize((self.size, self.size), Image.BICUBIC, reducing_gap=2)
         return pil_to_tensor(image).numpy(), j
 
     def loader(self, order):
         """Yields images (B, 3, S, S) and their indices (B,) for each batch of indices in `order`."""
-        workers = 0 if self.images is not None or len(self) <= 100 else processors()    # they are slow to start
-        # Arrays reach the workers by pipe; tensors would need /dev/shm.
-        loader = DataLoader(self, batch_sampler=map(np.asarray, order), collate_fn=stacked, num_workers=workers,
+        # Workers are slow to start. Arrays reach them by pipe; tensors would need /dev/shm.
+        workers = 0 if self.images is not None or len(self) <= 100 else processors()
+        loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers, collate_fn=stacked,
                             pin_memory=DEVICE.type == "cuda")               # a thread receives the batches
         for images, indices in loader:
             if isinstance(images, str):
@@ -274,7 +273,7 @@ def list_records(path):
     if split:
         print(f"{path}: left out {split} records that are stored in parts")
     if len({identity for identity, _, _ in found}) == 1:
-        print(f"{path}: WARNING all records have one label; if a list holds the identities, unpack it into folders")
+        print(f"{path}: WARNING all records have one label; if a list has identities, unpack into folders")
     if not found:
         fail(f"{path}: it has no images that can be read")
     return zip(*found)
@@ -336,8 +335,8 @@ def read_benchmark(path, size):
         encoded = plain(encoded)
         same = torch.tensor([bool(np.any(plain(label))) for label in plain(same)])
         if len(encoded) != 2 * len(same) or len(same) < 10 or same.all() or not same.any():
-            raise ValueError(f"{len(encoded)} images, {same.sum()} of {len(same)} pairs of one person, where ten "
-                             "pairs or more are needed, of both kinds")
+            raise ValueError(f"{len(encoded)} images, {same.sum()} of {len(same)} pairs of one person, where "
+                             "ten pairs or more are needed, of both kinds")
         images = tqdm(pool.map(decode, encoded), f"reading {path}", len(encoded), leave=False, mininterval=1)
         return torch.stack([*images]), same
 
@@ -350,7 +349,7 @@ def named_benchmarks(paths):
     return named
 
 
-# ----------------------------------------------------------------------------------- landmarks and the detector
+# --------------------------------------------------------------------------------- landmarks and the detector
 
 # Where the five landmarks lie in an aligned 112 x 112 crop: the ArcFace template.
 TEMPLATE = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655],
@@ -385,18 +384,18 @@ def read_landmarks(root, names, side):
         for name, *numbers in lines:
             points = np.array(numbers, np.float64) / side
             if points.shape != (10,) or not (abs(points - 0.5) < 1.5).all():
-                raise ValueError(f"the row of {name} is {numbers}, not ten numbers in or near {side} x {side} pixels")
+                raise ValueError(f"the row of {name} is {numbers}, not ten numbers in or near {side} pixels")
             if name in row_of:
                 landmarks[row_of[name]] = points
             else:
                 unknown.append(name)
     if unknown:
-        print(f"{path}: {len(unknown)} of its {len(lines)} rows name no image of {root}, such as {unknown[0]}")
+        print(f"{path}: {len(unknown)} of its {len(lines)} rows name no image here, such as {unknown[0]}")
     landmarks = torch.from_numpy(landmarks).view(-1, 5, 2)
     distance = (landmarks - TEMPLATE).norm(dim=2).nanmean()
-    if distance > 0.2:                      # 0.15 at most where files were right, 0.2 and more where they were not
-        print(f"{path}: WARNING landmarks are {distance:.2f} of the image away from an aligned face's; expected "
-              "pixels, x before y, in the order left eye, right eye, nose, left and right mouth corner")
+    if distance > 0.2:                      # where files were right, 0.15 at most
+        print(f"{path}: WARNING landmarks are {distance:.2f} of the image away from an aligned face's; expected"
+              " pixels, x before y, in the order left eye, right eye, nose, left and right mouth corner")
     return landmarks
 
 
@@ -438,7 +437,7 @@ class RetinaFace(nn.Module):
         self.fpn.update({f"merge{i}": active_conv(64, 64) for i in (1, 2)})
         self.ssh1, self.ssh2, self.ssh3 = ContextModule(), ContextModule(), ContextModule()
 
-        def heads(width):                                                       # one a level, two anchors a place
+        def heads(width):                                               # one a level, two anchors a place
             return nn.ModuleList(nn.ModuleDict({"conv1x1": nn.Conv2d(64, 2 * width, 1)}) for _ in range(3))
         self.ClassHead, self.BboxHead, self.LandmarkHead = heads(2), heads(4), heads(10)
 
@@ -491,7 +490,7 @@ def load_detector(weights, folder):
         try:
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_SHA256)
         except Exception as error:
-            fail(f"{WEIGHTS_URL}: cannot be fetched ({error}); put the file at {path}, or name it with --weights")
+            fail(f"{WEIGHTS_URL}: cannot be fetched ({error}); put it at {path}, or name it with --weights")
     net = build(RetinaFace, read_published(path), "net", path)
     return net.to(DEVICE, memory_format=torch.channels_last)
 
@@ -530,17 +529,18 @@ def complete_landmarks(faces, folder, weights):
     faces.landmarks[missing] = kept["landmarks"]
     lost = faces.landmarks[:, 0, 0].isnan()
     faces.landmarks[lost] = TEMPLATE
-    print(f"landmarks: found in {len(missing) - lost.sum()} of {len(missing)} images; the others get the template's")
+    print(f"landmarks: found in {len(missing) - lost.sum()} of {len(missing)} images, the template's for others")
 
 
-# --------------------------------------------------------------------------------------------------- toy faces
+# ------------------------------------------------------------------------------------------------- toy faces
 #
-# A toy head is a sphere, seen higher than wide, on which spots are painted one over the other. A place on it is
-# also its normal: (right, down, ahead), of length 1. Every number of a person and of a picture varies alone, in
-# [-1, 1], so that toy people differ as widely as virtual people must.
+# A toy head is a sphere, seen higher than wide, on which spots are painted one over the other. A place on it
+# is also its normal: (right, down, ahead), of length 1. Every number of a person and of a picture varies alone,
+# in [-1, 1], so that toy people differ as widely as virtual people must.
 
-LANDMARKS = F.normalize(torch.tensor([(-.4, -.17, .9), (.4, -.17, .9), (0, .2, .98), (-.26, .52, .8), (.26, .52, .8)]))
-SPOTS = [                       # right (on both sides unless 0), down, half width, half height, brightness, how it varies
+LANDMARKS = F.normalize(torch.tensor(
+    [(-.4, -.17, .9), (.4, -.17, .9), (0, .2, .98), (-.26, .52, .8), (.26, .52, .8)]))
+SPOTS = [       # right (on both sides unless 0), down, half width, half height, brightness, how its place varies
     (0, .25, 1.1, .85, 1, .08),             # face, on hair
     (0, .74, .50, .28, .8, .10),            # beard
     (.42, -.37, .20, .05, .4, .05),         # brows
@@ -597,9 +597,9 @@ def draw_faces(people, pictures, size):
     turn, shift, lamp, tint, colour, slope = pictures[..., None].split([2, 10, 3, 3, 3, 6], 1)
     axis = F.pad(turn.mT * torch.tensor([.3, .8]), (0, 1))                                  # pitch, yaw, no roll
     turn = torch.matrix_exp(torch.linalg.cross(torch.eye(3)[None], axis))                   # (B, 3, 3)
-    stretch = torch.tensor([.9, 1.12])[:, None]                                             # a head is higher than wide
+    stretch = torch.tensor([.9, 1.12])[:, None]                             # a head is higher than wide
 
-    # The landmarks where they are seen, and the similarity that brings them near the template of aligned crops.
+    # Where the landmarks are seen, and the similarity that brings them near the template of aligned crops.
     points = (stretch * (turn.mT @ LANDMARKS.T)[:, :2]).mT                                  # (B, 5, 2)
     similar = similarity(points, TEMPLATE + .035 * shift.view(-1, 5, 2))
     grid = (torch.arange(size) + .5) / size

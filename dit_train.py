@@ -15,8 +15,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Faces, batches, complete_landmarks
-from model import (DEVICE, DIT_SIZES, DiT, autocast, compiled, digest, dit_loss, dpm_solver, embed, fail, guided,
-                   load_recogniser, replacing, resume, run, save_model, save_state, stop_unless_finite, to_uint8)
+from model import (DEVICE, DIT_SIZES, DiT, autocast, compiled, digest, dit_loss, dpm_solver, embed, fail,
+                   guided, load_recogniser, replacing, resume, run, save_model, save_state,
+                   stop_unless_finite, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -78,9 +79,8 @@ def main():
 
     args.arch = args.arch or ("Ti/8" if faces.size <= 64 else "B/8")
     size, patch = args.arch.split("/")
-    defaults = dict(steps=1100, batch=32, lr=2e-3) if size == "Ti" else dict(steps=200_000, batch=256, lr=2e-4)
-    steps, lr = args.steps or defaults["steps"], args.lr or defaults["lr"]      # paper: none of them is given
-    batch = min(args.batch or defaults["batch"], len(faces))
+    steps, batch, lr = (1100, 32, 2e-3) if size == "Ti" else (200_000, 256, 2e-4)       # paper: not given
+    steps, batch, lr = args.steps or steps, min(args.batch or batch, len(faces)), args.lr or lr
 
     complete_landmarks(faces, out, args.weights)
     torch.manual_seed(args.seed)
@@ -91,12 +91,13 @@ def main():
     optimizer = torch.optim.AdamW(dit.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
-    settings = vars(args) | dict(data=data, steps=steps, batch=batch, images=len(faces), fr=digest(args.fr), out="")
+    settings = vars(args) | dict(data=data, steps=steps, batch=batch, images=len(faces), out="")
+    settings["fr"] = digest(args.fr)
     first = resume(out / "state.pt", settings, modules)
 
     every = min(5000, -(-steps // 6))
     losses = torch.zeros(2, device=DEVICE)
-    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, initial=first, leave=False)
+    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, False, initial=first)
     for step, (x, labels, landmarks) in enumerate(progress, first):
         torch.manual_seed(args.seed * 1_000_003 + step)     # a resumed run repeats itself
         for group in optimizer.param_groups:                # warm-up, then linearly down
@@ -119,13 +120,14 @@ def main():
         if (step + 1) % every == 0 or step + 1 == steps:
             means = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             losses.zero_()
-            own = preview(out / f"preview-{step + 1:06d}.jpg", average, backbone, W, n, faces.landmarks, args.seed)
+            path = out / f"preview-{step + 1:06d}.jpg"
+            real_own, virtual_own = preview(path, average, backbone, W, n, faces.landmarks, args.seed)
             parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
             save_model(out, "dit", average.config, parts, fr=args.fr, fr_sha256=settings["fr"], step=step + 1,
                        steps=steps)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
-            tqdm.write("step {:6d}/{}  loss v {:.4f} identity {:.4f}  own cosine real {:.3f} virtual {:.3f}".format(
-                step + 1, steps, *means, *own))
+            tqdm.write(f"step {step + 1:6d}/{steps}  loss v {means[0]:.4f} identity {means[1]:.4f}  "
+                       f"own cosine real {real_own:.3f} virtual {virtual_own:.3f}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ flag("--out", default="runs/report", metavar="DIR", help="report folder (default
 FIELD = {"lfw": "LFW", "cfp_fp": "CFP-FP", "cplfw": "CPLFW", "agedb_30": "AgeDB", "calfw": "CALFW"}
 
 
-# ------------------------------------------------------------------------------------------------ verification
+# ---------------------------------------------------------------------------------------------- verification
 
 def pair_distances(backbone, images):
     """Squared distances (P,), from 0 to 4, of the flip-summed unit embeddings of images 2p and 2p + 1."""
@@ -58,10 +58,10 @@ def verification(distance, same, folds=10):
     return {"accuracy": float(np.mean(accuracy)), "std": float(np.std(accuracy))}
 
 
-# --------------------------------------------------------------------------------- quality and leakage of a set
+# ------------------------------------------------------------------------------- quality and leakage of a set
 
-# A set of M images as a judge sees it: f, unit embeddings (M, D); labels (M,); thumbs (M, 256), see `thumbnails`;
-# quality, CR-FIQA scores (M,); faces, a `Faces`; index (M,), which of `faces` an image is.
+# A set of M images as a judge sees it: f, unit embeddings (M, D); labels (M,); thumbs (M, 256), see
+# `thumbnails`; quality, CR-FIQA scores (M,); faces, a `Faces`; index (M,), which of `faces` an image is.
 FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=(None, None, None, None))
 
 
@@ -157,13 +157,25 @@ def judge(data, found, thresholds, prototypes):
     whole = identities_over(data.labels, found["centre"], thresholds["centre"])
     leaks = (max(over["centre"], over["image"]) > 0.01 * images or whole > 0.005 * people
              or over["copy"] > 1e-4 * images)
-    leakage = {"verdict": "leaks" if leaks else "clean", "median": quantile(found["centre"][0], 0.5),
-               "q99": quantile(found["centre"][0], 0.99), "threshold": thresholds["centre"],
-               "images_over": over["centre"], "identities_over": whole, "image_threshold": thresholds["image"],
-               "images_over_image": over["image"], "copy_threshold": thresholds["copy"], "copies": over["copy"]}
-    return {"identities": people, "images": images, "consistency": consistency, "separability": separability,
-            # Published networks have no quality head, and so no D.
-            "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None, "leakage": leakage}
+    leakage = {
+        "verdict": "leaks" if leaks else "clean",
+        "median": quantile(found["centre"][0], 0.5),
+        "q99": quantile(found["centre"][0], 0.99),
+        "threshold": thresholds["centre"],
+        "images_over": over["centre"],
+        "identities_over": whole,
+        "image_threshold": thresholds["image"],
+        "images_over_image": over["image"],
+        "copy_threshold": thresholds["copy"],
+        "copies": over["copy"]}
+    return {
+        "identities": people,
+        "images": images,
+        "consistency": consistency,
+        "separability": separability,
+        # Published networks have no quality head, and so no D.
+        "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None,
+        "leakage": leakage}
 
 
 def offenders(data, found, thresholds, real):
@@ -198,7 +210,8 @@ def table(title, rows):
     columns = [name for name, value in next(iter(rows.values())).items() if not isinstance(value, dict)]
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     lines += [[name, *(text(row[column]) for column in columns)] for name, row in rows.items()]
-    return f"{title}\n\n" + "".join("| " + " | ".join(f"{cell:>13}" for cell in line) + " |\n" for line in lines) + "\n"
+    body = ["| " + " | ".join(f"{cell:>13}" for cell in line) + " |" for line in lines]
+    return "\n".join([title, "", *body, "\n"])
 
 
 def verify(recognisers, benchmarks):
@@ -219,11 +232,12 @@ def verify(recognisers, benchmarks):
     for folder, scores in models.items():
         rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
                         for name, score in scores.items()}
-        scores["average"] = float(np.mean([scores[name]["accuracy"] for name in counted])) if counted else None
-        rows[folder]["average"] = f"{100 * scores['average']:.2f}" if counted else None
+        average = float(np.mean([scores[name]["accuracy"] for name in counted])) if counted else None
+        scores["average"] = average
+        rows[folder]["average"] = f"{100 * average:.2f}" if counted else None
     absent = ", ".join(title for name, title in FIELD.items() if name not in benchmarks) or "none"
-    return models, table(f"Accuracy: mean ± standard deviation over folds, percent; average of {', '.join(counted)}; "
-                         f"absent: {absent}", rows)
+    title = f"Accuracy: mean ± standard deviation over folds, percent; average of {', '.join(counted)}"
+    return models, table(f"{title}; absent: {absent}", rows)
 
 
 def main():
@@ -265,9 +279,10 @@ def main():
 
         rows = report["datasets"] | {"the real faces": report["real"]}
         text += table(f"Quality of datasets, judged by {folders[0]}", rows)
-        bites = "; the CAP BITES: the judge is weak, or people are labelled wrongly" if cap in thresholds.values() else ""
-        text += table(f"Leakage: images and identities over the thresholds, copies; cap {cap:.3f}{bites}",
-                      {name: row["leakage"] for name, row in rows.items()})
+        title = f"Leakage: images and identities over the thresholds, copies; cap {cap:.3f}"
+        if cap in thresholds.values():
+            title += "; the CAP BITES: the judge is weak, or people are labelled wrongly"
+        text += table(title, {name: row["leakage"] for name, row in rows.items()})
 
     write_csv(out / "leaks.csv", ["dataset", "file", "test", "similarity", "person", "image"], leaks)
     for name, content in (("report.json", json.dumps(report, indent=1)), ("report.md", text)):

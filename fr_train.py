@@ -1,7 +1,7 @@
 """Stage 1: trains a face recogniser that keeps room for people who do not exist.
 
     python fr_train.py                                      # the demo: toy faces drawn by data.py
-    python fr_train.py --data casia/                        # identity/image.jpg, or train.rec; 112 x 112, aligned
+    python fr_train.py --data casia/                        # identity/image.jpg or train.rec, aligned
     python fr_train.py --data runs/virtual --virtual 0 --out runs/fr-virtual        # virtual people alone
 
 Writes OUT/model.safetensors, and OUT/state.pt, from which the same command continues a run that was killed.
@@ -66,11 +66,11 @@ def augment(x, p=0.2):
 def check(size, n, batch, k, epochs):
     """Ends the program if a run of these settings cannot be."""
     if size % 16 or size < 32:
-        fail(f"--size {size}: expected a multiple of 16, 32 or more, as of aligned 112 x 112 crops; give --size, or "
-             "are these photographs? docs/align.py makes crops of them")
+        fail(f"--size {size}: expected a multiple of 16, 32 or more, as of aligned 112 x 112 crops; give "
+             "--size, or are these photographs? docs/align.py makes crops of them")
     if n < 2 or batch < 2 or k < 0 or (epochs is not None and epochs < 1):
-        fail(f"{n} people, --batch {batch}, --virtual {k}, --epochs {epochs}: expected 2 people or more, 2 images or "
-             "more, 0 or more, 1 or more")
+        fail(f"{n} people, --batch {batch}, --virtual {k}, --epochs {epochs}: expected 2 people or more, 2 images "
+             "or more, 0 or more, 1 or more")
 
 
 def main():
@@ -95,15 +95,15 @@ def main():
     optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
 
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
-    settings = vars(args) | dict(size=size, virtual=k, batch=batch, epochs=epochs, images=len(faces), identities=n)
-    settings |= dict(out="", val="")                                    # these may change when a run continues
+    settings = vars(args) | dict(size=size, virtual=k, batch=batch, epochs=epochs, images=len(faces), people=n)
+    settings |= dict(out="", val="")                             # these may change when a run continues
     first = resume(out / "state.pt", settings, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 
     # Whole epochs, at least a tenth of the run and 100 steps, between tests and saves.
     every = per_epoch * math.ceil(max(1000, steps) / (10 * per_epoch))
     losses = torch.zeros(3, device=DEVICE)
-    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, initial=first, leave=False)
+    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, False, initial=first)
     for step, (x, labels, _) in enumerate(progress, first):
         torch.manual_seed(args.seed * 1_000_003 + step)                 # a resumed run repeats itself
         lr = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
@@ -112,7 +112,7 @@ def main():
 
         with autocast():
             f = fast(augment(x))
-        # paper: unstated; here the margin grows over a tenth of the run, because otherwise prototypes collapsed.
+        # paper: unstated; here the margin grows over a tenth of the run, otherwise prototypes collapsed.
         parts = vigface_loss(f, labels, prototypes, virtual_batch_size(step, k, batch, n), args.head,
                              ramp=min(1, 10 * step / steps), scale=recipe["scale"])
         sum(parts).backward()

@@ -168,8 +168,10 @@ class Recogniser(nn.Module):
 # Networks by name, and how fr_train.py trains them: epochs, images a step, scale of the margin loss. At scale
 # 64, as published, a small network cannot keep the margin.
 RECOGNISERS = {
-    "tiny": dict(epochs=6, batch=128, scale=32.0, net=dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0)),
-    "small": dict(epochs=6, batch=128, scale=32.0, net=dict(dim=256, width=32, units=(1, 2, 2, 1), dropout=0.0)),
+    "tiny": dict(epochs=6, batch=128, scale=32.0,
+                 net=dict(dim=64, width=16, units=(1, 2, 2, 1), dropout=0.0)),
+    "small": dict(epochs=6, batch=128, scale=32.0,
+                  net=dict(dim=256, width=32, units=(1, 2, 2, 1), dropout=0.0)),
     "ir_se50": dict(epochs=26, batch=512, scale=64.0, net=dict())}
 
 
@@ -683,8 +685,8 @@ def load_published(path, bgr=None):
     tensors = read_published(path, "backbone")
     units = [len(tensor) for name, tensor in tensors.items() if "res_layer.4.weight" in name]
     if not units or "backbone.input_layer.0.weight" not in tensors:
-        fail(f"{path}: expected the layout of AdaFace, CVLface or TFace (input_layer, body, output_layer), found "
-             f"{', '.join([*tensors][:3])} (conv1 and layer1 are InsightFace's); name another file")
+        fail(f"{path}: expected the layout of AdaFace, CVLface or TFace (input_layer, body, output_layer), "
+             f"found {', '.join([*tensors][:3])} (conv1 and layer1 are InsightFace's); name another file")
     if bgr is None:
         with reading(path, "published weights"):
             bgr = any(name.startswith("model.input_layer") for name in read_checkpoint(path))

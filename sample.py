@@ -33,14 +33,14 @@ from tqdm import tqdm
 
 from data import Faces, read_image, write_csv, write_landmarks
 from evaluate import FaceSet, embed_faces, resemblance, thresholds_of
-from model import (DEVICE, RANK, DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided, load_model,
-                   load_recogniser, nearest, reading, replacing, run, same_settings, to_uint8)
+from model import (DEVICE, RANK, DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
+                   load_model, load_recogniser, nearest, reading, replacing, run, same_settings, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
 flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (default: %(default)s)")
 flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
-flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the recogniser's training data)")
+flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the recogniser's data)")
 flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
 flag("--virtual", type=int, default=2000, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
 flag("--per-id", type=int, default=4, help="pictures of each (default: %(default)s)")
@@ -54,7 +54,7 @@ ATTEMPTS = 5
 COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict",         # of manifest.csv
            "cos_own", "cos_nearest_real", "cos_nearest_image", "own_is_nearest", "quality"]
 
-# A picture to draw: of the person with this row of W and this name, the index-th, in the pose of this training face.
+# A picture to draw: the index-th of the person with this row of W and this name, in a training face's pose.
 Job = namedtuple("Job", "row name index attempt pose")
 
 
@@ -90,7 +90,7 @@ def embed_real(backbone, prototypes, names, sources):
 def draw(dit, W, poses, jobs, args):
     """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed; the last job fills the batch up.
     """
-    jobs = jobs + jobs[-1:] * (args.batch - len(jobs))          # batches of one shape: nothing is compiled again
+    jobs = jobs + jobs[-1:] * (args.batch - len(jobs))          # one shape: nothing is compiled again
     noise = []
     for job in jobs:
         generator = torch.Generator(DEVICE).manual_seed(seed_of(args.seed, job.name, job.index, job.attempt))
@@ -173,9 +173,10 @@ def finish(out, names, wanted, poses, size):
     def mean(column):
         return sum(float(verdict[column]) for verdict in accepted) / len(accepted)
     loud = "WARNING: over half was rejected; " if len(verdicts) > 2 * len(accepted) else ""
-    print(f"{loud}{out}: {len(accepted)} images of {len(wanted)} people, by the recogniser that taught them: cosine to "
-          f"the own prototype {mean('cos_own'):.3f}, the nearest for {mean('own_is_nearest'):.1%}; "
-          f"{len(verdicts) - len(accepted)} too near a real person, {sum(wanted.values()) - len(accepted)} left out")
+    rejected, left_out = len(verdicts) - len(accepted), sum(wanted.values()) - len(accepted)
+    print(f"{loud}{out}: {len(accepted)} images of {len(wanted)} people; by the recogniser that taught them, cosine "
+          f"to the own prototype {mean('cos_own'):.3f}, the nearest for {mean('own_is_nearest'):.1%}; "
+          f"{rejected} too near a real person, {left_out} left out")
 
 
 def main():
@@ -211,12 +212,13 @@ def main():
     fast = compiled(dit, sum(wanted.values()) * args.steps)     # as each rank decides
     verdicts, pictures, left = {}, {}, dict(wanted)             # of people who are not complete
     writing = deque()
-    with tqdm(total=sum(wanted[row] for row in mine), desc=out.name) as progress, ThreadPoolExecutor(16) as pool:
+    total = sum(wanted[row] for row in mine)
+    with tqdm(total=total, desc=out.name) as progress, ThreadPoolExecutor(16) as pool:
         while jobs := [*itertools.islice(queue, args.batch)]:
             images = draw(fast, W, poses, jobs, args)
+            judged = judge(backbone, prototypes, W, real, thresholds, jobs, images)
             again = []
-            for job, verdict, image in zip(jobs, judge(backbone, prototypes, W, real, thresholds, jobs, images),
-                                           images.cpu()):
+            for job, verdict, image in zip(jobs, judged, images.cpu()):
                 verdicts.setdefault(job.row, []).append(verdict)
                 leak = verdict["verdict"] == "leak"
                 if leak and job.attempt + 1 < ATTEMPTS:

@@ -960,7 +960,7 @@ BAD_INPUT = {
     "two record files": (lambda root: [write_records(root / name, [PNG] * 4, [0, 1, 0, 1]) for name in "ab"],
                          "fr_train.py --data set/a set/b", "different people"),
     "records and folders": (lambda root: [folder(root, 1, 1), write_records(root, [PNG], [0])],
-                            "fr_train.py --data set", "one of the two"),
+                            "fr_train.py --data set", "expected one"),
     "crops not square": (lambda root: [folder(root, 2, 2), damage(root, lambda image: image.resize((24, 32)))],
                          "fr_train.py --data set", "square"),
     "crops of two sizes": (lambda root: [folder(root, 2, 2), damage(root, lambda image: image.resize((48, 48)), 1)],

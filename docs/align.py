@@ -30,7 +30,7 @@ flag("--out", default="faces", metavar="DIR", help="folder of the aligned faces 
 flag("--weights", metavar="PATH", help="RetinaFace's (default: fetched)")
 
 SIZE, SMALLEST = 112, 40                                        # pixels: of a crop, of a face in a photograph
-FARTHEST = 0.05     # landmarks from the template's: at most 0.043 in good crops, 0.056 and more in turned ones
+FARTHEST = 0.05     # landmarks from the template's: good crops 0.043 at most, turned ones 0.056 at least
 
 
 def largest_face(detector, image, side=640):
@@ -105,7 +105,7 @@ def align(photos, out, detector):
     with ThreadPoolExecutor(processors()) as pool:
         list(tqdm(pool.map(cut, names), str(out), len(names), leave=False, mininterval=1))
     if not crops:
-        fail(f"{photos}: no face found in any of {len(names)} files, such as {names[0]}: {rejected[names[0]]}")
+        fail(f"{photos}: no face found in any of {len(names)} files: {names[0]}: {rejected[names[0]]}")
     old = {name: row[0] for name, row in read_rows(out / "rejected.csv").items() if name not in names}
     write_csv(out / "rejected.csv", ["file", "reason"], sorted((old | rejected).items()))
     rows = ((name, torch.tensor([*map(float, row)])) for name, row in sorted(crops.items()))
