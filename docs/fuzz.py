@@ -1,10 +1,12 @@
 """Feeds damaged and hostile files to every reader: python docs/fuzz.py [CASES [SEED]]
 
-A case ends well if the file is read, or refused with one line and exit code 2. A traceback, a payload that
-ran or a case of more than 20 seconds does not. Prints how often each reader read and refused, and the peak of
-memory. Files are valid ones with bits flipped, bytes replaced, cut short, repeated, or with a number made
-absurd. CASES is 20,000 by default.
+A case ends well if the file is read, or refused with one line and exit code 2. A traceback, a payload or
+program that ran or a case of more than 20 seconds does not. Prints how often each reader read and refused,
+and the peak of memory. Files are valid ones with bits flipped, bytes replaced, cut short, repeated, or with a
+number made absurd; or EPS, for which Pillow would start Ghostscript; or pickles that call what a .bin may
+call with what it would not say. CASES is 20,000 by default.
 """
+import codecs
 import collections
 import contextlib
 import io
@@ -22,11 +24,14 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import align
 import data
 import model
 
@@ -42,6 +47,16 @@ WORDS = [b"", b"\0", b"/", b"../", b"-", b"nan", b"1e999", b"\n", b'"', b"\xff",
 class Payload:
     def __reduce__(self):
         return os.system, (f"touch {root}/owned",)
+
+
+class Call:
+    """Pickles as a call of a function, and then of __setstate__ if a state is given."""
+
+    def __init__(self, function, arguments, state=None):
+        self.call = function, arguments, *([] if state is None else [state])
+
+    def __reduce__(self):
+        return self.call
 
 
 def write(name, content):
@@ -62,6 +77,17 @@ def record(key, labels, image):
     content = struct.pack("<IfQQ", flag, labels[0], key, 0)
     content += struct.pack(f"<{flag}f", *labels[:flag]) + image
     return struct.pack("<II", 0xced7230a, len(content)) + content + bytes(-len(content) % 4)
+
+
+def picture():
+    """A damaged picture of some format, or what promises too much, or EPS by another name."""
+    content = damage(encoded(rng.choice(["PNG", "JPEG", *data.FORMATS])))
+    if rng.random() < 0.1:                                              # a header that promises too much
+        sides = struct.pack(">II", *rng.choices([20_000, 2 ** 20, 2 ** 31 - 1], k=2))
+        content = encoded("PNG").replace(struct.pack(">II", 32, 32), sides, 1)
+    if rng.random() < 0.1:
+        content = encoded("EPS") if rng.random() < 0.5 else damage(encoded("EPS"))
+    return content
 
 
 def saved(content):
@@ -96,26 +122,53 @@ for i in range(6):
     INDEX += b"%d\t%d\n" % (i + 1, len(RECORDS))
     RECORDS += record(i + 1, [i % 2] * (1 + i % 2), encoded("JPEG" if i % 2 else "PNG"))
 BENCHMARKS = [pickle.dumps(([encoded("PNG")] * 20, [True, False] * 5), protocol) for protocol in (0, 2, 4)]
+ARRAYS = [np.frombuffer(encoded("JPEG"), np.uint8)] * 20
+BENCHMARKS += [pickle.dumps((ARRAYS, np.array([True, False] * 5)), protocol) for protocol in (2, 4, 5)]
 TINY = dict(size=32, dim=8, width=16, units=(1, 1, 1, 1))
-META = {"stage": "fr", "config": TINY, "data": ["x"], "val": [], "free": False, "names": list("abc"),
-        "step": 1, "steps": 1}
+META = {"stage": "fr", "config": TINY, "data": ["x"], "val": [], "names": list("abc"), "step": 1, "steps": 1}
 backbone = model.Recogniser(**TINY)
 tensors = {f"backbone.{name}": t for name, t in backbone.state_dict().items()}
 tensors |= {f"prototypes.{name}": t for name, t in model.Prototypes(3, 2, 8).state_dict().items()}
 save_file(tensors, write("m/model.safetensors", b""), {"vigface": json.dumps(META)})
 CHECKPOINT = (root / "m/model.safetensors").read_bytes()
-DETECTOR = saved({f"module.{name}": t for name, t in model.RetinaFace().state_dict().items()})
+DETECTOR = saved({f"module.{name}": t for name, t in data.RetinaFace().state_dict().items()})
 RECOGNISER = saved({f"model.{name}": t for name, t in backbone.state_dict().items()})
 STATE = saved({"settings": {"lr": 0.1}, "step": 3, "net": torch.nn.Linear(3, 3).state_dict()})
 HOSTILE = [*(pickle.dumps((Payload(), [True]), protocol) for protocol in (0, 2, 4)),
            b"\x80\x04\x8e" + struct.pack("<Q", 2 ** 40) + b"abc.",              # a string of absurd length
            b"\x80\x02cnumpy\nndarray\n(I%d\ntR." % 2 ** 40,                 # an array, by calling the class
            b"(" * 500_000 + b"."]
+CALLED = [codecs.encode, np.ndarray, np.dtype, np.zeros(1).__reduce__()[0],
+          *(stored.__reduce_ex__(5)[0] for stored in (np.zeros(1), np.bool_(1)))]
+SAID = [b"A" * 80, "O", b"O", "V8", "uint8", "bool", "O,O", "<M8", (10,), (2 ** 40,), -1, 0, 2 ** 63, None, [], {},
+        [b"x"], True, False]
+
+# Ghostscript, as Pillow would find it.
+(root / "bin").mkdir()
+(root / "bin/gs").write_text(f"#!/bin/sh\ntouch {root}/owned\n")
+(root / "bin/gs").chmod(0o755)
+os.environ["PATH"] = f"{root}/bin:{os.environ['PATH']}"
 
 
 def hurt(*valid):
     """One of some valid files, damaged; now and then a hostile pickle instead."""
     return rng.choice(HOSTILE) if rng.random() < 0.1 else damage(rng.choice(valid))
+
+
+def anything(depth=0):
+    """What a hostile pickle says to what it calls: anything, or the result of another call."""
+    if depth > 2 or rng.random() < 0.5:
+        return rng.choice(SAID)
+    state = tuple(anything(depth + 1) for _ in range(5)) if rng.random() < 0.5 else None
+    return Call(rng.choice(CALLED), tuple(anything(depth + 1) for _ in range(rng.randint(0, 4))), state)
+
+
+def stand_ins():
+    """A benchmark whose images or labels are made by calls of what stands in for numpy."""
+    whole = Call(np.ndarray, ((10,), "O", b"A" * 80)) if rng.random() < 0.1 else anything()
+    images = rng.choice([[encoded("PNG")] * 20, [whole] * 20, whole, [encoded("EPS")] * 20])
+    labels = rng.choice([[True, False] * 5, [whole, False] * 5, whole])
+    data.read_benchmark(write("x.bin", pickle.dumps((images, labels), rng.choice([2, 4, 5]))), 32)
 
 
 def rec():
@@ -130,12 +183,26 @@ def landmarks():
 
 
 def image():
-    content = damage(encoded(rng.choice(["PNG", "JPEG"])))
-    if rng.random() < 0.1:                                              # a header that promises too much
-        sides = struct.pack(">II", *rng.choices([20_000, 2 ** 20, 2 ** 31 - 1], k=2))
-        content = encoded("PNG").replace(struct.pack(">II", 32, 32), sides, 1)
-    write("i/p/1.png", content)
+    write("i/p/1.png", picture())
     data.Faces([root / "i"])
+
+
+def everywhere(images):
+    """Stands in for RetinaFace: one face, over all of an image, and as in an aligned crop."""
+    count, _, high, wide = images.shape
+    sides = torch.tensor([wide, high])
+    points = data.TEMPLATE * 168 + 42 if high == wide == 252 else data.TEMPLATE * sides       # a crop
+    return torch.ones(count, 1), F.pad(sides, (2, 0)).float().expand(count, 1, 4), points.expand(count, 1, 5, 2)
+
+
+def photographs():
+    shutil.rmtree(root / "aligned", ignore_errors=True)
+    write("photos/p/1.png", picture())
+    write("photos/p/2.jpg", encoded(rng.choice(["JPEG", *data.FORMATS]), rng.randint(20, 300)))
+    for name in ("landmarks.csv", "rejected.csv"):
+        if rng.random() < 0.3:
+            write(f"aligned/{name}", damage(LANDMARKS))
+    align.align(root / "photos", root / "aligned", everywhere)
 
 
 def metadata():
@@ -144,11 +211,11 @@ def metadata():
     wrong = [*ABSURD, "a", None, [], {}, -3.5, ["../x"], [1, 2], float("nan"), True]
     where[rng.choice([*where, "new"])] = rng.choice(wrong)
     save_file(tensors, root / "m/model.safetensors", {"vigface": json.dumps(meta)})
-    model.load_recogniser(root / "m", torch.device("cpu"))
+    model.load_recogniser(root / "m")
 
 
 def safetensors():
-    model.load_recogniser(write("m/model.safetensors", damage(CHECKPOINT)).parent, torch.device("cpu"))
+    model.load_recogniser(write("m/model.safetensors", damage(CHECKPOINT)).parent)
 
 
 def benchmark():
@@ -156,7 +223,7 @@ def benchmark():
 
 
 def detector():
-    model.build(model.RetinaFace, model.read_published(write("w.pth", hurt(DETECTOR))), "net", "w.pth")
+    model.build(data.RetinaFace, model.read_published(write("w.pth", hurt(DETECTOR))), "net", "w.pth")
 
 
 def recogniser():
@@ -190,7 +257,8 @@ def outcome(reader):
 
 
 signal.signal(signal.SIGALRM, too_slow)
-readers = [rec, benchmark, landmarks, image, metadata, safetensors, detector, recogniser, state]
+readers = [rec, benchmark, stand_ins, landmarks, image, photographs, metadata, safetensors, detector, recogniser,
+           state]
 counts, started = collections.Counter(), time.time()
 for case in range(cases):
     reader = readers[case % len(readers)]

@@ -27,7 +27,7 @@ chosen = torch.arange(0, len(faces), int((sys.argv[3:] or [1])[0]))
 
 
 def find():
-    """Landmarks (M, 5, 2) in pixels of the chosen images, and images a second after the first batch."""
+    """Landmarks (M, 5, 2) in pixels of the chosen images, and images a second after the first batch, or 0."""
     found = []
     for images, _ in faces.loader(chosen.split(64)):
         found.append(crop_landmarks(detector, images.to(DEVICE)))

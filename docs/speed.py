@@ -165,7 +165,8 @@ def sampling(arch, batch, batches, virtual, steps, guidance):
         def one_batch():
             args, W = sample.parser.parse_args(flags), prototypes.to_draw()
             jobs = [sample.Job(PEOPLE, "v000000", index, 0, index) for index in range(batch)]
-            sample.judge(backbone, prototypes, W, real, thresholds, jobs, sample.draw(dit, W, poses, jobs, args))
+            images = sample.draw(dit, W, poses, jobs, args)
+            sample.judge(backbone, prototypes, W, real, thresholds, jobs, images)
         flops = batches * flops_of(one_batch)
         if GPU:
             step(1)                                                     # compiles; later runs do not
