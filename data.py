@@ -37,10 +37,10 @@ from model import DEVICE, autocast, build, conv, fail, read_published, reading, 
 # ---------------------------------------------------------------------------------------------------- images
 
 SUFFIXES = ("", *".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split())
-Image.init()                            # older Pillows lack some of these formats; reading them starts no program
+Image.init()                # older Pillows lack some of these formats; reading them starts no program
 FORMATS = [name for name in "JPEG PNG WEBP AVIF GIF BMP TIFF PPM".split() if name in Image.OPEN]
 UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}        # by the EXIF tag for orientation
+           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}     # by the EXIF tag for orientation
 
 
 def open_image(file):
@@ -540,7 +540,7 @@ def complete_landmarks(faces, folder, weights):
 
 LANDMARKS = F.normalize(torch.tensor(
     [(-.4, -.17, .9), (.4, -.17, .9), (0, .2, .98), (-.26, .52, .8), (.26, .52, .8)]))
-SPOTS = [       # right (on both sides unless 0), down, half width, half height, brightness, how its place varies
+SPOTS = [       # right (on both sides unless 0), down, half width, half height, brightness, its place varies
     (0, .25, 1.1, .85, 1, .08),             # face, on hair
     (0, .74, .50, .28, .8, .10),            # beard
     (.42, -.37, .20, .05, .4, .05),         # brows

@@ -32,7 +32,7 @@ flag("--lr", type=float, help="learning rate (default: 2e-3 for Ti, 2e-4 for oth
 flag("--weights", metavar="PATH", help="RetinaFace's, where landmarks are missing (default: fetched)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
-MIRRORED = torch.tensor([1, 0, 2, 4, 3], device=DEVICE)     # which landmark a landmark becomes
+MIRRORED = torch.tensor([1, 0, 2, 4, 3], device=DEVICE)     # left and right change places
 
 
 def mirror(x, landmarks):
@@ -44,8 +44,9 @@ def mirror(x, landmarks):
 
 
 def preview(path, dit, backbone, W, n, landmarks, seed, rows=4, columns=8):
-    """Draws four of the n real and four of the virtual people of W; returns their mean cosine to the
-    prototype.
+    """Draws four of the n real people of W and four virtual ones (real ones again if there are none).
+
+    Returns the mean cosine to the own prototype of either four.
     """
     real, virtual = W[:n], W[n:]
     if not len(virtual):
@@ -57,7 +58,7 @@ def preview(path, dit, backbone, W, n, landmarks, seed, rows=4, columns=8):
     pose = landmarks[torch.randint(len(landmarks), (columns,), generator=generator)].repeat(2 * rows, 1, 1)
     noise = torch.randn(len(w), 3, dit.size, dit.size, generator=generator)
     with autocast():
-        denoise = guided(dit, w, pose.to(DEVICE), guidance=2.0)
+        denoise = guided(dit, w, pose.to(DEVICE), guidance=2.0)         # shows identity sooner
         images = to_uint8(dpm_solver(denoise, noise.to(DEVICE), steps=10))
     with replacing(path) as temporary:
         save_image(images.cpu() / 255, temporary, "JPEG", nrow=columns, padding=1)
@@ -72,19 +73,19 @@ def main():
     data, out = args.data or fr["data"], Path(args.out)
     faces = Faces(data, fr["config"]["size"])
     if unknown := sorted(faces.people.keys() - fr["names"]):
-        fail(f"{args.fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on --data")
+        fail(f"{args.fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on this --data")
     row_of = {name: row for row, name in enumerate(fr["names"])}
     W, n = prototypes.to_draw(), len(row_of)
-    own_w = W[[row_of[name] for name in faces.people]]                  # of each label
+    own_w = W[[row_of[name] for name in faces.people]]                  # own_w[label]: that person's prototype
 
     args.arch = args.arch or ("Ti/8" if faces.size <= 64 else "B/8")
-    size, patch = args.arch.split("/")
-    steps, batch, lr = (1100, 32, 2e-3) if size == "Ti" else (200_000, 256, 2e-4)       # paper: not given
+    name, patch = args.arch.split("/")
+    steps, batch, lr = (1100, 32, 2e-3) if name == "Ti" else (200_000, 256, 2e-4)       # paper: not given
     steps, batch, lr = args.steps or steps, min(args.batch or batch, len(faces)), args.lr or lr
 
     complete_landmarks(faces, out, args.weights)
     torch.manual_seed(args.seed)
-    dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[size]).to(DEVICE)
+    dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[name]).to(DEVICE)
     average = copy.deepcopy(dit).requires_grad_(False)
     decay = min(0.9999, steps / (steps + 20))               # the average spans a twentieth of short runs
     fast, fast_backbone = compiled(dit, steps * batch), compiled(backbone, steps * batch)
@@ -97,7 +98,7 @@ def main():
 
     every = min(5000, -(-steps // 6))
     losses = torch.zeros(2, device=DEVICE)
-    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, False, initial=first)
+    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, leave=False, initial=first)
     for step, (x, labels, landmarks) in enumerate(progress, first):
         torch.manual_seed(args.seed * 1_000_003 + step)     # a resumed run repeats itself
         for group in optimizer.param_groups:                # warm-up, then linearly down
@@ -114,7 +115,7 @@ def main():
             for slow, new in zip(average.parameters(), dit.parameters()):
                 slow.lerp_(new, 1 - decay)
 
-        losses += torch.stack([mse, identity]).detach()     # no synchronisation
+        losses += torch.stack([mse, identity]).detach()     # .item() would wait for the GPU
         if step % 50 == 0:
             progress.set_postfix(loss=f"{mse.item():.4f}")
         if (step + 1) % every == 0 or step + 1 == steps:

@@ -37,15 +37,15 @@ flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 
 def learning_rate(step, steps, warmup, peak):
-    """One warm-up epoch, then a tenth at 46, 77 and 92 % of the run: epochs 12, 20, 24 of 26."""
+    """Rises for `warmup` steps, then falls to a tenth three times, at 46, 77 and 92 % of the run."""
     return peak * min(1, (step + 1) / warmup) * 0.1 ** sum(step >= x * steps for x in (0.46, 0.77, 0.92))
 
 
 def make_optimizer(parameters):
-    """SGD with momentum; norms, biases and PReLU do not decay."""
+    """SGD with momentum; batch norms, biases and PReLU do not decay, prototypes do."""
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 5e-4},
               {"params": [p for p in parameters if p.ndim < 2]}]
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
+    return torch.optim.SGD(groups, momentum=0.9, fused=True)
 
 
 def augment(x, p=0.2):
@@ -67,10 +67,10 @@ def check(size, n, batch, k, epochs):
     """Ends the program if a run of these settings cannot be."""
     if size % 16 or size < 32:
         fail(f"--size {size}: expected a multiple of 16, 32 or more, as of aligned 112 x 112 crops; give "
-             "--size, or are these photographs? docs/align.py makes crops of them")
+             "--size; of photographs docs/align.py makes crops")
     if n < 2 or batch < 2 or k < 0 or (epochs is not None and epochs < 1):
-        fail(f"{n} people, --batch {batch}, --virtual {k}, --epochs {epochs}: expected 2 people or more, 2 images "
-             "or more, 0 or more, 1 or more")
+        fail(f"{n} people (2 or more), --batch {batch} (2 or more), --virtual {k} (0 or more), --epochs {epochs} "
+             "(1 or more): expected no less")
 
 
 def main():
@@ -103,7 +103,7 @@ def main():
     # Whole epochs, at least a tenth of the run and 100 steps, between tests and saves.
     every = per_epoch * math.ceil(max(1000, steps) / (10 * per_epoch))
     losses = torch.zeros(3, device=DEVICE)
-    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, False, initial=first)
+    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, leave=False, initial=first)
     for step, (x, labels, _) in enumerate(progress, first):
         torch.manual_seed(args.seed * 1_000_003 + step)                 # a resumed run repeats itself
         lr = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
@@ -121,7 +121,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        losses += torch.stack(parts).detach()                           # no synchronisation
+        losses += torch.stack(parts).detach()                           # .item() would wait for the GPU
         if step % 50 == 0:
             progress.set_postfix(loss=f"{parts[0].item():.3f}")
         if (step + 1) % every == 0 or step + 1 == steps:

@@ -4,7 +4,7 @@ It follows the paper: the recogniser; prototypes, margin losses and virtual embe
 Transformer; diffusion and its solver. Saving, loading and resuming come last.
 
 Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, M images of a
-set, N tokens, C network width. Networks see RGB images (B, 3, S, S) in [-1, 1]. Landmarks are (B, 5, 2), x
+set, N tokens, C channels. Networks see RGB images (B, 3, S, S) in [-1, 1]. Landmarks are (B, 5, 2), x
 and y in [0, 1] of the image: left eye, right eye, nose, left and right mouth corner, as the viewer sees left
 and right.
 """
@@ -115,7 +115,7 @@ class ResidualUnit(nn.Module):
             self.res_layer.add_module("se_block", SqueezeExcite(c_out))
 
         if c_in == c_out:
-            self.shortcut_layer = nn.MaxPool2d(1, stride)
+            self.shortcut_layer = nn.MaxPool2d(1, stride)               # takes every stride-th pixel
         else:
             self.shortcut_layer = conv(c_in, c_out, 1, stride)
 
@@ -133,7 +133,7 @@ class Recogniser(nn.Module):
 
     def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3), dropout=0.4, se=True, bgr=False):
         super().__init__()
-        self.config = dict(size=size, dim=dim, width=width, units=units, dropout=dropout)
+        self.config = dict(size=size, dim=dim, width=width, units=units, dropout=dropout, se=se, bgr=bgr)
         self.bgr = bgr
         self.input_layer = nn.Sequential(*conv(3, width), nn.PReLU(width))
 
@@ -179,7 +179,7 @@ RECOGNISERS = {
 def embed(backbone, images, batch=256, unit=True, exact=False):
     """f(x) + f(flip x), as the field tests, of uint8 images (M, 3, S, S): (M, D), of unit length if `unit`.
 
-    `exact` computes in fp32, so that accuracies compare with published ones.
+    `exact` does without bf16 (fp32, TF32 on a GPU), so that accuracies compare with published ones.
     """
     embeddings = []
     with contextlib.nullcontext() if exact else autocast():
@@ -252,7 +252,7 @@ class Prototypes(nn.Module):
         self.free = free
         self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
         self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
-        self.quality = nn.Linear(dim, 1)                                # CR-FIQA's head, embedding -> quality
+        self.quality = nn.Linear(dim, 1)                                # scores images in reports (CR-FIQA)
         self.register_buffer("drawn", torch.zeros(k, dim))              # see `settle`
         self.register_buffer("sigma2", torch.zeros(dim))                # variance of f - w, for unit f and w
         self.register_buffer("norm_mean", torch.tensor(20.0))           # of embeddings' norms, for AdaFace,
@@ -273,13 +273,12 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def settle(self, people):
-        """Fixes the virtual prototypes that will be drawn; `people` (D, D) is the `person_moment` of real
-        faces.
+        """Fixes the virtual prototypes that will be drawn, given the `person_moment` (D, D) of real faces.
 
-        paper: unstated, so as trained; here, unless `free`, they are whitened and given a moment that is two
-        thirds that of real prototypes and one third that of people. Prototypes of few images differ also as
-        their photographs do, so the first alone asks for people who do not exist; the second alone crowds
-        them.
+        paper: as trained; here, unless `free`, they are whitened and given a moment that is two thirds that
+        of real prototypes and one third that of people. Prototypes of few images differ also as their
+        photographs do, so the first alone asks for people who do not exist; the second alone crowds them. So
+        they are near, but not equal, to the directions of `unit`, from which the loss kept people away.
         """
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if not self.free:
@@ -331,7 +330,7 @@ def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
 
 
 def quality_loss(f, cos, labels, prototypes):
-    """CR-FIQA: predicts own cosine / (nearest other cosine + 1 + eps) from detached f (B, D); cos is (B, n).
+    """Trains the head that scores images in reports (CR-FIQA): it predicts own cosine / (nearest other cosine + 1 + eps) from detached f (B, D); cos is (B, n).
     """
     with torch.no_grad():
         other = cos.scatter(1, labels[:, None], -2).amax(1, keepdim=True)
@@ -340,7 +339,7 @@ def quality_loss(f, cos, labels, prototypes):
 
 
 def virtual_batch_size(step, k, b_real, n):
-    """b_v of one step: k b_r / n (paper), rounded so that the sum over all steps is never off by one."""
+    """b_v of one step: k b_r / n (paper), rounded so that the sum over all steps is exact."""
     return (step + 1) * k * b_real // n - step * k * b_real // n
 
 
@@ -361,7 +360,7 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
     """Losses of real embeddings f (B, D), of b_virtual virtual embeddings, and of the quality head.
 
     Virtual embeddings f'_j = w_v^j + N(0, 1) sigma update virtual prototypes only; real embeddings meet these
-    as negatives. sigma is an exponential average (alpha = 0.9). `ramp`, from 0 to 1, scales the margin.
+    as negatives. sigma^2 is a running average, which each step moves a tenth of the way. `ramp`, from 0 to 1, scales the margin.
 
     paper: whether f and w are normalised is unstated; here they are, before sigma and f', because the margin
     acts on the sphere. paper: one loss over both batches; here both sums are divided by b_r, because b_r +
@@ -494,8 +493,9 @@ class DiT(nn.Module):
         x = F.pixel_shuffle(x, self.patch)                          # (B, FEATURES, S, S)
         x0 = self.pixels(torch.cat([x, image], 1))                  # (B, 3, S, S)
 
+        # v. An error of x0 is divided by s; the clamp bounds that where there is almost no noise.
         a, s = signal_noise(t)
-        return (a * x_t - x0) / s.clamp(min=0.05)                   # v
+        return (a * x_t - x0) / s.clamp(min=0.05)
 
 
 DIT_SIZES = {
@@ -518,10 +518,10 @@ def signal_noise(t):
 def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
     """Stage 2's two losses on images x (B, 3, S, S) of prototypes w (B, D): MSE of v, and identity.
 
-    paper: the identity loss pulls the drawn face towards its prototype; here it pulls towards f(x), the
-    embedding of the very picture, because a prototype is more typical of its person than any photograph:
-    pulled there, pictures lose what a recogniser has to learn from. Its weight is a^2: near t = 1 x0 is an
-    average face without identity.
+    paper: the identity loss pulls the drawn face x_hat towards its prototype; here towards f(x), the
+    embedding of this image, because a prototype is more typical of its person than any photograph. Faces
+    pulled towards it lose the variety that a recogniser has to learn from. The loss is weighted by a^2,
+    because near t = 1 x_hat is an average face.
     """
     t = torch.randn(len(x), device=x.device).sigmoid()                  # logit-normal (Esser et al. 2024)
     a, s = signal_noise(t)
@@ -529,7 +529,8 @@ def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
     x_t = a * x + s * noise
     v = a * noise - s * x
 
-    keep = torch.rand(len(x), 1, device=x.device) >= drop               # guidance needs w = 0, nobody
+    # Guidance needs w = 0, nobody. The identity loss stays there, too, because x_t still shows who it is.
+    keep = torch.rand(len(x), 1, device=x.device) >= drop
     v_hat = dit(x_t, t, w * keep, landmarks).float()
     x_hat = a * x_t - s * v_hat
 
@@ -541,7 +542,10 @@ def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
 
 
 def guided(dit, w, landmarks, guidance=1.0):
-    """x0_hat(x_t, t) under classifier-free guidance: x0(nobody) + g (x0(w) - x0(nobody)), kept in [-1, 1]."""
+    """x0 as a function of (x_t, t), in [-1, 1], with classifier-free guidance: nobody + g (w - nobody).
+
+    The code guides v; x0 is linear in v, so it is the same.
+    """
     def denoise(x, t):                                                          # (B, 3, S, S), float
         times = torch.full((len(x),), t, device=x.device)
         a, s = signal_noise(times)
@@ -560,7 +564,8 @@ def dpm_solver(denoise, x, steps):
     Times are even in the log-SNR l = log(a / s). Second order: x0 is extrapolated from the last two estimates
     to the middle of the step, which for even steps is 1.5 of the new one and -0.5 of the old one.
     """
-    # From l = -4 to 4: ten steps even in t would halve the spread of brightness and of fine detail.
+    # From l = -4, almost noise, to 4, almost an image. With ten steps even in t instead, pictures varied half
+    # as much in brightness and in fine detail.
     log_snr = torch.linspace(-4, 4, steps - 1).double()
     times = [1.0, *(torch.exp(-log_snr).atan() * 2 / math.pi).tolist()]         # tan(pi t / 2) = s / a
     previous = None

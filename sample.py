@@ -46,11 +46,12 @@ flag("--virtual", type=int, default=2000, metavar="K", help="identities, 0 to K-
 flag("--per-id", type=int, default=4, help="pictures of each (default: %(default)s)")
 flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
+# paper: guidance 4; here 1: half the cost, and pictures of one person stay varied.
 flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
 flag("--batch", type=int, default=256 if DEVICE.type == "cuda" else 64, help="at once (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
-ATTEMPTS = 5
+ATTEMPTS = 5        # paper: unstated; here pictures too near a real person are drawn again
 COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict",         # of manifest.csv
            "cos_own", "cos_nearest_real", "cos_nearest_image", "own_is_nearest", "quality"]
 

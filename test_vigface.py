@@ -926,8 +926,8 @@ def damage(root, change, last=4):
 # What is in the folder `set`, as arguments of `folder` or a function; the command; what must be said.
 BAD_INPUT = {
     "missing folder": (None, "fr_train.py --data nowhere", "nowhere: no such folder"),
-    "one identity": ((1, 4), "fr_train.py --data set", "expected 2 people or more"),
-    "batch of one": ((2, 2), "fr_train.py --data set --batch 1", "expected 2 people or more"),
+    "one identity": ((1, 4), "fr_train.py --data set", "2 or more"),
+    "batch of one": ((2, 2), "fr_train.py --data set --batch 1", "2 or more"),
     "records cut short": (lambda root: [write_records(root, [PNG], [0]), os.truncate(root / "train.rec", 99)],
                           "fr_train.py --data set", "train.idx: expected"),
     "two record files": (lambda root: [write_records(root / name, [PNG] * 4, [0, 1, 0, 1]) for name in "ab"],
@@ -944,7 +944,7 @@ BAD_INPUT = {
     "two benchmarks of one name": (None, "evaluate.py --pairs faces/held.bin runs/held.bin", "of each name"),
     "one real person": ((1, 4), "evaluate.py --fr runs/fr --real set", "two people or more"),
     "two solver steps": (None, "sample.py --steps 2", "3 or more"),
-    "minus one epoch": ((2, 2), "fr_train.py --data set --epochs -1", "expected 2 people or more"),
+    "minus one epoch": ((2, 2), "fr_train.py --data set --epochs -1", "2 or more"),
     "unfinished set": (lambda root: [folder(root, 2, 2), (root / "run.json").touch()],
                        "fr_train.py --data set", "set: sample.py has not finished it"),
     "no set to judge": (None, "evaluate.py --datasets --strict", "no set to judge"),

@@ -79,9 +79,9 @@ def record(key, labels, image):
     return struct.pack("<II", 0xced7230a, len(content)) + content + bytes(-len(content) % 4)
 
 
-def picture():
+def picture(side=32):
     """A damaged picture of some format, or what promises too much, or EPS by another name."""
-    content = damage(encoded(rng.choice(["PNG", "JPEG", *data.FORMATS])))
+    content = damage(encoded(rng.choice(["PNG", "JPEG", *data.FORMATS]), side))
     if rng.random() < 0.1:                                              # a header that promises too much
         sides = struct.pack(">II", *rng.choices([20_000, 2 ** 20, 2 ** 31 - 1], k=2))
         content = encoded("PNG").replace(struct.pack(">II", 32, 32), sides, 1)
@@ -140,8 +140,9 @@ HOSTILE = [*(pickle.dumps((Payload(), [True]), protocol) for protocol in (0, 2, 
            b"(" * 500_000 + b"."]
 CALLED = [codecs.encode, np.ndarray, np.dtype, np.zeros(1).__reduce__()[0],
           *(stored.__reduce_ex__(5)[0] for stored in (np.zeros(1), np.bool_(1)))]
-SAID = [b"A" * 80, "O", b"O", "V8", "uint8", "bool", "O,O", "<M8", (10,), (2 ** 40,), -1, 0, 2 ** 63, None, [], {},
-        [b"x"], True, False]
+KINDS = ["O", b"O", "O,O", "V8", "S0", "U1", "<M8", "uint8", "bool", "no", 1]
+KINDS = [Call(np.dtype, (kind,)) for kind in KINDS]
+SAID = [b"A" * 80, "O", (10,), (2 ** 40,), -1, 0, 2 ** 63, None, [], {}, [b"x"], True, False, *KINDS]
 
 # Ghostscript, as Pillow would find it.
 (root / "bin").mkdir()
@@ -159,8 +160,12 @@ def anything(depth=0):
     """What a hostile pickle says to what it calls: anything, or the result of another call."""
     if depth > 2 or rng.random() < 0.5:
         return rng.choice(SAID)
-    state = tuple(anything(depth + 1) for _ in range(5)) if rng.random() < 0.5 else None
-    return Call(rng.choice(CALLED), tuple(anything(depth + 1) for _ in range(rng.randint(0, 4))), state)
+    arguments = rng.choice([b"A" * 80, encoded("PNG")]), rng.choice(KINDS)      # an array's, but for the kind
+    state = rng.choice([None, (1, (10,), arguments[1], False, arguments[0])])
+    if rng.random() < 0.5:
+        arguments = tuple(anything(depth + 1) for _ in range(rng.randint(0, 4)))
+        state = rng.choice([None, tuple(anything(depth + 1) for _ in range(5))])
+    return Call(rng.choice(CALLED), arguments[::rng.choice([1, -1])], state)
 
 
 def stand_ins():
@@ -192,16 +197,18 @@ def everywhere(images):
     count, _, high, wide = images.shape
     sides = torch.tensor([wide, high])
     points = data.TEMPLATE * 168 + 42 if high == wide == 252 else data.TEMPLATE * sides       # a crop
-    return torch.ones(count, 1), F.pad(sides, (2, 0)).float().expand(count, 1, 4), points.expand(count, 1, 5, 2)
+    boxes = F.pad(sides.float(), (2, 0))
+    return torch.ones(count, 1), boxes.expand(count, 1, 4), points.expand(count, 1, 5, 2)
 
 
 def photographs():
     shutil.rmtree(root / "aligned", ignore_errors=True)
-    write("photos/p/1.png", picture())
+    write("photos/p/1.png", picture(64))
     write("photos/p/2.jpg", encoded(rng.choice(["JPEG", *data.FORMATS]), rng.randint(20, 300)))
-    for name in ("landmarks.csv", "rejected.csv"):
-        if rng.random() < 0.3:
-            write(f"aligned/{name}", damage(LANDMARKS))
+    tables = {"landmarks.csv": LANDMARKS, "rejected.csv": b"file,reason\np/3.gif,no face\np/4.jpg,none\n"}
+    for name, table in tables.items():                                  # of an earlier run
+        if rng.random() < 0.2:
+            write(f"aligned/{name}", damage(table) if rng.random() < 0.5 else table)
     align.align(root / "photos", root / "aligned", everywhere)
 
 
@@ -227,7 +234,8 @@ def detector():
 
 
 def recogniser():
-    model.build(model.Recogniser, model.read_published(write("w.pth", hurt(RECOGNISER))), "net", "w.pth", TINY)
+    tensors = model.read_published(write("w.pth", hurt(RECOGNISER)))
+    model.build(model.Recogniser, tensors, "net", "w.pth", TINY)
 
 
 def state():
@@ -257,8 +265,8 @@ def outcome(reader):
 
 
 signal.signal(signal.SIGALRM, too_slow)
-readers = [rec, benchmark, stand_ins, landmarks, image, photographs, metadata, safetensors, detector, recogniser,
-           state]
+readers = [rec, benchmark, stand_ins, landmarks, image, photographs, metadata, safetensors, detector,
+           recogniser, state]
 counts, started = collections.Counter(), time.time()
 for case in range(cases):
     reader = readers[case % len(readers)]
