@@ -330,7 +330,9 @@ def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
 
 
 def quality_loss(f, cos, labels, prototypes):
-    """Trains the head that scores images in reports (CR-FIQA): it predicts own cosine / (nearest other cosine + 1 + eps) from detached f (B, D); cos is (B, n).
+    """Trains the head that scores images in reports (CR-FIQA), from detached f (B, D); cos is (B, n).
+
+    It predicts own cosine / (nearest other cosine + 1 + eps).
     """
     with torch.no_grad():
         other = cos.scatter(1, labels[:, None], -2).amax(1, keepdim=True)
