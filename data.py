@@ -216,9 +216,7 @@ class Faces(Dataset):
 
 
 def stacked(items):
-    """Items of `Faces` as one batch of arrays, which reach the loader by pipe; or why one is refused, and
-    which.
-    """
+    """Items of `Faces` as one batch of arrays; or why one of them is refused, and their indices."""
     images, indices = zip(*items)
     for image in images:
         if isinstance(image, str):
@@ -229,8 +227,8 @@ def stacked(items):
 def batches(faces, batch, seed, first, last):
     """Yields images in [-1, 1], labels and landmarks, on DEVICE, of training steps first to last - 1.
 
-    They follow from seed and step: a resumed run sees what it would have seen. The rest of an epoch is left
-    out.
+    They follow from seed and step, so a resumed run sees what it would have seen. The rest of an epoch is
+    left out.
     """
     @functools.lru_cache(1)
     def shuffled(epoch):

@@ -131,7 +131,7 @@ def people_to_draw(args, names, n, real):
     """{row of W: number of pictures to draw}; ends the program if there is nobody."""
     if args.real_to:
         images = torch.bincount(real.labels).tolist()
-        wanted = {row: args.real_to - count for row, count in enumerate(images) if 0 < count < args.real_to}
+        wanted = {row: args.real_to - count for row, count in enumerate(images[:n]) if 0 < count < args.real_to}
         if not wanted:
             fail(f"--real-to {args.real_to}: everybody has as many images; give more")
         return wanted
@@ -142,9 +142,7 @@ def people_to_draw(args, names, n, real):
 
 
 def write_person(out, name, pictures, verdicts):
-    """Writes a person's accepted pictures {file: image}, then the verdicts, which say that the person is
-    complete.
-    """
+    """Writes a person's accepted pictures {file: image}, then the verdicts, which say that these are all."""
     for file, image in pictures.items():
         with replacing(out / file) as path:
             to_pil_image(image).save(path, "JPEG", quality=95, subsampling=0)
@@ -212,10 +210,10 @@ def main():
              for row in mine for index in range(wanted[row]))
     fast = compiled(dit, sum(wanted.values()) * args.steps)     # as each rank decides
     verdicts, pictures, left = {}, {}, dict(wanted)             # of people who are not complete
-    writing = deque()
+    writing, again = deque(), []                                # again: rejected jobs, never more than a batch
     total = sum(wanted[row] for row in mine)
     with tqdm(total=total, desc=out.name) as progress, ThreadPoolExecutor(16) as pool:
-        while jobs := [*itertools.islice(queue, args.batch)]:
+        while jobs := [*itertools.islice(itertools.chain(again, queue), args.batch)]:
             images = draw(fast, W, poses, jobs, args)
             judged = judge(backbone, prototypes, W, real, thresholds, jobs, images)
             again = []
@@ -232,7 +230,6 @@ def main():
                 if not left[job.row]:
                     person = pictures.pop(job.row, {}), verdicts.pop(job.row)
                     writing.append(pool.submit(write_person, out, job.name, *person))
-            queue = itertools.chain(again, queue)
             while len(writing) > 64:
                 writing.popleft().result()                      # ends the program if it could not be written
         for written in writing:
