@@ -27,17 +27,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.ops import nms
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import Conv2dNormActivation, nms
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from model import DEVICE, autocast, build, conv, fail, read_published, reading, replacing, to_float
+from model import DEVICE, autocast, build, conv, fail, read_published, reading, replacing, system_failed, to_float
 
 # ---------------------------------------------------------------------------------------------------- images
 
 SUFFIXES = ("", *".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split())
-Image.init()                # older Pillows lack some of these formats; reading them starts no program
+Image.init()                # only formats that Pillow reads itself; older ones lack some of them
 FORMATS = [name for name in "JPEG PNG WEBP AVIF GIF BMP TIFF PPM".split() if name in Image.OPEN]
 UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
            6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}     # by the EXIF tag for orientation
@@ -81,10 +80,9 @@ NO_RECORD = -1                                                              # th
 
 
 def open_source(name):
-    """The folder of a source, and who named its people: a recogniser, a record file, or None for their
-    folders.
+    """The folder of a source, and who numbered its people: a record file, a recogniser, or nobody, None.
 
-    Draws the demo if it is asked for and not there yet.
+    Equal names from two numberings are different people. The demo is drawn if it is not there yet.
     """
     root = Path("runs/demo" if name == "demo" else name)
     if name == "demo" and not root.is_dir():
@@ -102,8 +100,13 @@ def open_source(name):
 
 def list_images(root):
     """Names identity/image, with slashes, of the images in the folders of a folder, however deep they lie."""
+    def refuse(error):
+        raise error                                                 # os.walk would leave the folder out
+
+    if not root.is_dir():
+        fail(f"{root}: no such folder")
     names, others = [], Counter()
-    for folder, _, files in os.walk(root, followlinks=True):
+    for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
         below = Path(folder).relative_to(root).as_posix()
         for file in sorted(files):
             if below == "." or "/." in f"/{below}/{file}":          # landmarks.csv and the like; hidden files
@@ -127,7 +130,7 @@ def list_source(root):
             fail(f"{root}: holds train.rec and folders of images, such as {names[0]}; expected one")
         return list_records(root / "train.rec")
     if not names:
-        fail(f"{root}: no such folder, or no images identity/image.jpg in it")
+        fail(f"{root}: no images identity/image.jpg in it")
     return [name.split("/")[0] for name in names], names, [NO_RECORD] * len(names)
 
 
@@ -139,13 +142,13 @@ def open_stored(path, offset):
 class Faces(Dataset):
     """Images of one or more sources, united by identity name: images, labels, and landmarks ([0, 1] or NaN).
 
-    An item is an image, uint8 array (3, S, S), and its index. For an image that cannot be read the next one
+    An item is an image, uint8 array (3, S, S) or a text that refuses it, and its index. For an image that cannot be read the next one
     stands in, with its own label and landmarks. Sets that fit in `memory` bytes are decoded once, others when
     needed.
     """
 
     def __init__(self, sources, size=None, memory=3e9):
-        self.people, self.images, self.size = {}, None, size                # people: {identity: label}
+        self.people, self.images = {}, None                                 # people: {identity: label}
         paths, offsets, labels, landmarks, sides, namers = [], [], [], [], [], []
         for source in sources:
             root, namer = open_source(source)
@@ -187,6 +190,8 @@ class Faces(Dataset):
             try:
                 yield open_stored(self.path(j), self.offsets[j]), j
             except Exception as error:                              # images break in every possible way
+                if system_failed(error):
+                    raise
                 warnings.warn(f"{self.path(j)}: cannot be read ({error}); the next image stands in")
         fail(f"{self.path(i)}: neither this nor any other image can be read")
 
@@ -195,7 +200,7 @@ class Faces(Dataset):
             return self.images[i], self.which[i]
         image, j = next(self.readable(i))
         side = self.sides[j]
-        if image.size != (side, side):                                      # `loader` ends the run with this
+        if image.size != (side, side):                                      # a text: see `loader`
             return (f"{self.path(j)}: {image.width} x {image.height} pixels, expected {side} x {side}: aligned "
                     "faces, square and all of one size in a source; docs/align.py makes them of photographs"), j
         if side != self.size:
@@ -209,7 +214,7 @@ class Faces(Dataset):
         loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers, collate_fn=stacked,
                             pin_memory=DEVICE.type == "cuda")               # a thread receives the batches
         for images, indices in loader:
-            if isinstance(images, str):
+            if isinstance(images, str):                 # a worker that ended the run itself would hang it
                 fail(images)
             images = torch.from_numpy(images)
             yield images.pin_memory() if DEVICE.type == "cuda" else images, torch.from_numpy(indices)
@@ -354,6 +359,11 @@ TEMPLATE = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.73
                          [70.7299, 92.2041]]) / 112
 
 
+def read_csv(path):
+    """The rows of a CSV file; names of files may hold any character, and bytes that are not UTF-8."""
+    return [row for row in csv.reader(io.StringIO(os.fsdecode(path.read_bytes()), newline="")) if row]
+
+
 def write_csv(path, header, rows):
     """Writes a CSV file."""
     text = io.StringIO()
@@ -376,7 +386,7 @@ def read_landmarks(root, names, side):
     if not path.is_file():
         return torch.from_numpy(landmarks).view(-1, 5, 2)
     with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"):
-        lines = [line for line in csv.reader(os.fsdecode(path.read_bytes()).splitlines()) if line]
+        lines = read_csv(path)
         if lines and lines[0][-1].strip()[:1].isalpha():
             lines = lines[1:]                                   # the header
         for name, *numbers in lines:
@@ -533,7 +543,7 @@ def complete_landmarks(faces, folder, weights):
 # ------------------------------------------------------------------------------------------------- toy faces
 #
 # A toy head is a sphere, seen higher than wide, on which spots are painted one over the other. A place on it
-# is also its normal: (right, down, ahead), of length 1. Every number of a person and of a picture varies alone,
+# is also its normal: (right, down, ahead), of length 1. Every number of a person and of a picture varies independently,
 # in [-1, 1], so that toy people differ as widely as virtual people must.
 
 LANDMARKS = F.normalize(torch.tensor(

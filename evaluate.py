@@ -77,7 +77,7 @@ def embed_faces(backbone, prototypes, faces):
     order = torch.arange(len(faces)).split(512)
     columns = []
     for images, i in tqdm(faces.loader(order), "embedding", len(order), leave=False):
-        f = embed(backbone, images, unit=False) / 2
+        f = embed(backbone, images, unit=False) / 2             # the mean with the mirrored image
         columns.append((F.normalize(f).to(kind), thumbnails(images.to(DEVICE)).to(kind),
                         prototypes.quality(f)[:, 0], i))
     f, thumbs, quality, i = (torch.cat(column) for column in zip(*columns))
@@ -127,6 +127,8 @@ def thresholds_of(real, strangers):
     set with wrong labels, would else let copies by. For copies, halfway from what 99.9 % stay below to
     identical.
     """
+    if len(real.faces.people) < 2:
+        fail("--real: expected two people or more; with one, strangers are unknown")
     total, count = class_sums(real.f, real.labels)
     several = count[real.labels] > 1
     others = total[real.labels[several]] - real.f[several]
@@ -181,12 +183,13 @@ def judge(data, found, thresholds, prototypes):
 def offenders(data, found, thresholds, real):
     """Rows of leaks.csv: each image over a threshold, which one, how far, whom and what image it resembles.
     """
-    people = [*real.faces.people]
-    for test, (cosine, which) in found.items():
+    people, labels = [*real.faces.people], real.labels.cpu()
+    for test, columns in found.items():
+        cosine, which = (column.cpu() for column in columns)
         for i in (cosine > thresholds[test]).nonzero()[:, 0].tolist():
             person, image = which[i], ""
             if test != "centre":
-                person, image = real.labels[which[i]], real.faces.path(real.index[which[i]])
+                person, image = labels[which[i]], real.faces.path(real.index[which[i]])
             yield [data.faces.path(data.index[i]), test, f"{cosine[i]:.4f}", people[person], image]
 
 
@@ -216,6 +219,8 @@ def table(title, rows):
 
 def verify(recognisers, benchmarks):
     """Verification on benchmarks {name: path}: rows of report.json, and text, in the field's order."""
+    if not benchmarks:
+        return {}, ""
     models = {folder: {} for folder in recognisers}
     for name in sorted(benchmarks, key=[*FIELD, *benchmarks].index):
         by_size = {}                                                    # read once for all recognisers
@@ -232,9 +237,9 @@ def verify(recognisers, benchmarks):
     for folder, scores in models.items():
         rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
                         for name, score in scores.items()}
-        average = float(np.mean([scores[name]["accuracy"] for name in counted])) if counted else None
+        average = float(np.mean([scores[name]["accuracy"] for name in counted]))
         scores["average"] = average
-        rows[folder]["average"] = f"{100 * average:.2f}" if counted else None
+        rows[folder]["average"] = f"{100 * average:.2f}"
     absent = ", ".join(title for name, title in FIELD.items() if name not in benchmarks) or "none"
     title = f"Accuracy: mean ± standard deviation over folds, percent; average of {', '.join(counted)}"
     return models, table(f"{title}; absent: {absent}", rows)
@@ -264,8 +269,6 @@ def main():
     leaks, out = [], Path(args.out)
     if datasets:
         real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]))
-        if len(real.faces.people) < 2:
-            fail(f"--real {' '.join(sources)}: expected two people or more; with one, strangers are unknown")
         strangers = resemblance(real, real, real.labels)
         thresholds, cap = thresholds_of(real, strangers)
         for number, name in enumerate(datasets, 1):
@@ -281,7 +284,7 @@ def main():
         text += table(f"Quality of datasets, judged by {folders[0]}", rows)
         title = f"Leakage: images and identities over the thresholds, copies; cap {cap:.3f}"
         if cap in thresholds.values():
-            title += "; the CAP BITES: the judge is weak, or people are labelled wrongly"
+            title += "; the CAP APPLIES: the judge is weak, or people are labelled wrongly"
         text += table(title, {name: row["leakage"] for name, row in rows.items()})
 
     write_csv(out / "leaks.csv", ["dataset", "file", "test", "similarity", "person", "image"], leaks)

@@ -9,6 +9,7 @@ and y in [0, 1] of the image: left eye, right eye, nose, left and right mouth co
 and right.
 """
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -41,6 +42,12 @@ def fail(message):
     raise SystemExit(2)
 
 
+def system_failed(error):
+    """Whether the system failed and not the file that is read: no memory, a disk error, no permission."""
+    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return no_memory or getattr(error, "errno", None) not in (None, errno.ENOENT)
+
+
 @contextlib.contextmanager
 def reading(path, expected):
     """Ends the program with one line if the block cannot make sense of the file at `path`."""
@@ -49,8 +56,8 @@ def reading(path, expected):
     except FileNotFoundError:
         fail(f"{path}: no such file; expected {expected}")
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None):
-            raise                                           # the system failed, not the file: see `run`
+        if system_failed(error):
+            raise                                           # `run` says so
         fail(f"{path}: expected {expected}; {type(error).__name__}: {str(error)[:300]}")
 
 
@@ -205,7 +212,8 @@ def nearest(queries, targets, labels=None, target_labels=None):
         target_labels = torch.arange(len(targets), device=targets.device)
 
     found = []
-    chunk = max(1, 2 ** 26 // len(targets))                             # bounds the cosines held at once
+    bound = 2 ** 30 if queries.is_cuda else 2 ** 26                     # of the cosines held at once
+    chunk = max(1, bound // len(targets))
     for f, label in zip(queries.split(chunk), labels.split(chunk)):
         cosines = (f @ targets.mT).float()
         found.append(cosines.masked_fill_(label[:, None] == target_labels, -2).max(1))

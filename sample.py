@@ -16,7 +16,6 @@ A picture too near a real person is drawn again, and left out after five attempt
 same command continues a killed run; the set comes out the same.
 """
 import argparse
-import csv
 import hashlib
 import itertools
 import json
@@ -31,7 +30,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import Faces, read_image, write_csv, write_landmarks
+from data import Faces, read_csv, read_image, write_csv, write_landmarks
 from evaluate import FaceSet, embed_faces, resemblance, thresholds_of
 from model import (DEVICE, RANK, DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
                    load_model, load_recogniser, nearest, reading, replacing, run, same_settings, to_uint8)
@@ -48,7 +47,7 @@ flag("--real-to", type=int, metavar="N", help="instead, fill every real person u
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
 # paper: guidance 4; here 1: half the cost, and pictures of one person stay varied.
 flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
-flag("--batch", type=int, default=256 if DEVICE.type == "cuda" else 64, help="at once (default: %(default)s)")
+flag("--batch", type=int, default=256 if DEVICE.type == "cuda" else 64, help="pictures at once (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 ATTEMPTS = 5        # paper: unstated; here pictures too near a real person are drawn again
@@ -80,7 +79,9 @@ def embed_real(backbone, prototypes, names, sources):
     below.
     """
     faces = Faces(sources, backbone.config["size"])
-    row_of = {name: row for row, name in enumerate([*names, *(faces.people.keys() - {*names})])}
+    new = len(prototypes.real) + len(prototypes.virtual)         # people without a prototype: rows after W's
+    row_of = {name: new + i for i, name in enumerate(faces.people)}
+    row_of |= {name: row for row, name in enumerate(names)}
     rows = torch.tensor([row_of[name] for name in faces.people], device=DEVICE)
     real = embed_faces(backbone, prototypes, faces)
     real = real._replace(labels=rows[real.labels])
@@ -109,7 +110,7 @@ def judge(backbone, prototypes, W, real, thresholds, jobs, images):
     Over a threshold it is a leak. Pictures of a real person (--real-to) may resemble this person's own
     images.
     """
-    f = embed(backbone, images, unit=False)[:len(jobs)] / 2
+    f = embed(backbone, images, unit=False)[:len(jobs)] / 2      # the mean with the mirrored image
     unit = F.normalize(f)
     rows = torch.tensor([job.row for job in jobs], device=DEVICE)
     own = (unit * W[rows]).sum(1)
@@ -154,8 +155,8 @@ def finish(out, names, wanted, poses, size):
     """Joins everybody's verdicts into manifest.csv, which says that the set is complete; says how it went."""
     verdicts = []
     for row in wanted:
-        text = os.fsdecode((out / ".people" / f"{names[row]}.csv").read_bytes())
-        verdicts += csv.DictReader(text.split("\n"))
+        rows = read_csv(out / ".people" / f"{names[row]}.csv")
+        verdicts += [dict(zip(COLUMNS, values, strict=True)) for values in rows[1:]]
     accepted = [verdict for verdict in verdicts if verdict["verdict"] == "accepted"]
     if not accepted:
         fail(f"{out}: every picture was too near a real person; train stage 2 longer")
@@ -187,7 +188,7 @@ def main():
     names = [*fr["names"], *(f"v{i:06d}" for i in range(len(W) - n))]
 
     out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
-    settings = vars(args) | dict(out="", dit_sha256=digest(args.dit), fr_sha256=digest(args.fr))
+    settings = vars(args) | dict(out="", batch="", dit_sha256=digest(args.dit), fr_sha256=digest(args.fr))
     if (out / "run.json").is_file():
         with reading(out / "run.json", "the settings of a set"):
             before = json.loads((out / "run.json").read_text())
@@ -197,7 +198,7 @@ def main():
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
 
-    real, thresholds = embed_real(backbone, prototypes, names, args.real or fr["data"])
+    real, thresholds = embed_real(backbone, prototypes, fr["names"], args.real or fr["data"])
     wanted = people_to_draw(args, names, n, real)
     with replacing(out / "run.json") as path:
         path.write_text(json.dumps(settings, indent=1))
@@ -205,10 +206,10 @@ def main():
     # One queue runs over everybody, so that batches are full.
     complete = lambda row: (out / ".people" / f"{names[row]}.csv").is_file()
     mine = [row for row in [*wanted][RANK::int(os.environ.get("WORLD_SIZE", 1))] if not complete(row)]
-    # paper: unstated how; here poses of any training faces, because even over yaw they taught no more.
+    # paper: does not say which poses; here any training face's, because poses even over yaw taught no more.
     queue = (Job(row, names[row], index, 0, seed_of(args.seed, names[row], index) % len(poses))
              for row in mine for index in range(wanted[row]))
-    fast = compiled(dit, sum(wanted.values()) * args.steps)     # as each rank decides
+    fast = compiled(dit, sum(wanted.values()) * args.steps)     # by the whole set, so that all ranks decide alike
     verdicts, pictures, left = {}, {}, dict(wanted)             # of people who are not complete
     writing, again = deque(), []                                # again: rejected jobs, never more than a batch
     total = sum(wanted[row] for row in mine)
@@ -235,9 +236,9 @@ def main():
         for written in writing:
             written.result()
     if all(map(complete, wanted)):
-        finish(out, names, wanted, poses, dit.size)             # several ranks may come here: no harm
+        finish(out, names, wanted, poses, dit.size)             # several ranks may come here and write the same
     else:
-        print(f"{out}: other ranks have not finished; if all have ended, give the command again")
+        print(f"{out}: this rank is done, the last one completes the set; if all have ended, run it again")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Cuts faces out of photographs: python docs/align.py photos/ --out faces/ [--weights PATH]
 
 RetinaFace finds the largest face of every photos/identity/photo.jpg. The crop, 112 x 112 pixels on the
-ArcFace template, goes to faces/identity/photo.jpg, its landmarks to faces/landmarks.csv. Every file of
+ArcFace template, goes to faces/identity/photo.jpg (photo.png.jpg for photo.png), its landmarks to faces/landmarks.csv. Every file of
 photos/ that could not be used has a row in faces/rejected.csv, with the reason. Further photographs may be
 added to the same folder.
 """
 import argparse
-import csv
 import io
 import os
 import sys
@@ -19,9 +18,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import (SUFFIXES, TEMPLATE, crop_landmarks, detect_faces, load_detector, move, open_image, processors,
-                  similarity, write_csv, write_landmarks)
-from model import DEVICE, fail, replacing, run
+from data import (SUFFIXES, TEMPLATE, crop_landmarks, detect_faces, load_detector, move, open_image,
+                  processors, read_csv, similarity, write_csv, write_landmarks)
+from model import DEVICE, fail, replacing, run, system_failed
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -65,23 +64,24 @@ def read_rows(path):
     """{file: the other columns} of a table of an earlier run, if there is one."""
     if not path.is_file():
         return {}
-    lines = [*csv.reader(os.fsdecode(path.read_bytes()).splitlines())]
-    return {name: rest for name, *rest in lines[1:]}
+    return {name: rest for name, *rest in read_csv(path)[1:]}
 
 
 def align(photos, out, detector):
-    """Cuts every photograph that has no crop yet; returns how many crops and how many rejected files there
-    are.
-    """
+    """Cuts each photograph without a row in landmarks.csv; returns how many crops and rejected files exist."""
     photos, out = Path(photos), Path(out)
-    names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*") if path.is_file())
+    names = {Path(folder, file).relative_to(photos).as_posix()
+             for folder, _, files in os.walk(photos, followlinks=True) for file in files if file[0] != "."}
     if not names:
         fail(f"{photos}: no such folder, or no files in it")
+    if out.resolve() == photos.resolve():
+        fail(f"--out {out}: these are the photographs, and crops would replace them; name another folder")
     crops = read_rows(out / "landmarks.csv")                    # {crop: ten numbers}
     rejected = {}
 
     def cut(name):
-        crop_name = name.removesuffix(".jpg") + ".jpg"
+        same_name = name.endswith(".jpg") and name.removesuffix(".jpg") not in names
+        crop_name = name if same_name else f"{name}.jpg"
         if crop_name in crops and (out / crop_name).is_file():
             return
         try:
@@ -95,6 +95,8 @@ def align(photos, out, detector):
                 raise ValueError("the face is not upright, or hardly seen")
             crop.save(encoded := io.BytesIO(), "JPEG", quality=95, subsampling=0)
         except Exception as error:                              # images break in every possible way
+            if system_failed(error):
+                raise
             rejected[name] = str(error) if isinstance(error, ValueError) else f"unreadable: {error}"
             return
         with replacing(out / crop_name) as path:
@@ -102,15 +104,22 @@ def align(photos, out, detector):
         crops[crop_name] = landmarks.flatten().tolist()
 
     torch.set_num_threads(1)                                    # each photograph has a thread
-    with ThreadPoolExecutor(processors()) as pool:
-        list(tqdm(pool.map(cut, names), str(out), len(names), leave=False, mininterval=1))
+    try:
+        with ThreadPoolExecutor(processors()) as pool:
+            list(tqdm(pool.map(cut, sorted(names)), str(out), len(names), leave=False, mininterval=1))
+    finally:                                                    # a run that is stopped keeps what it did
+        write_tables(out, names, crops, rejected)
     if not crops:
-        fail(f"{photos}: no face found in any of {len(names)} files: {names[0]}: {rejected[names[0]]}")
+        fail(f"{photos}: no face found in any of {len(names)} files; {out}/rejected.csv says why")
+    return len(crops), len(rejected)
+
+
+def write_tables(out, names, crops, rejected):
+    """Writes landmarks.csv and rejected.csv, where rows of photographs that are not in `names` stay."""
     old = {name: row[0] for name, row in read_rows(out / "rejected.csv").items() if name not in names}
     write_csv(out / "rejected.csv", ["file", "reason"], sorted((old | rejected).items()))
     rows = ((name, torch.tensor([*map(float, row)])) for name, row in sorted(crops.items()))
     write_landmarks(out / "landmarks.csv", rows)
-    return len(crops), len(rejected)
 
 
 def main():
