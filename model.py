@@ -43,9 +43,10 @@ def fail(message):
 
 
 def system_failed(error):
-    """Whether the system failed and not the file that is read: no memory, a disk error, no permission."""
-    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return no_memory or getattr(error, "errno", None) not in (None, errno.ENOENT)
+    """Whether the system failed and not the file that is read: a full GPU, a disk error, no permission."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EINVAL)     # EINVAL: a damaged file
 
 
 @contextlib.contextmanager

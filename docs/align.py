@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import (SUFFIXES, TEMPLATE, crop_landmarks, detect_faces, load_detector, move, open_image,
                   processors, read_csv, similarity, write_csv, write_landmarks)
-from model import DEVICE, fail, replacing, run, system_failed
+from model import DEVICE, fail, reading, replacing, run, system_failed
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -60,11 +60,12 @@ def upright(detector, crop):
     return (found - TEMPLATE).norm(dim=2).mean() <= FARTHEST
 
 
-def read_rows(path):
+def read_rows(path, kind, columns):
     """{file: the other columns} of a table of an earlier run, if there is one."""
     if not path.is_file():
         return {}
-    return {name: rest for name, *rest in read_csv(path)[1:]}
+    with reading(path, "a table that this script wrote (delete it to cut all faces again)"):
+        return {name: [*map(kind, rest)] for name, *rest in read_csv(path)[1:] if rest[columns - 1:]}
 
 
 def align(photos, out, detector):
@@ -76,7 +77,7 @@ def align(photos, out, detector):
         fail(f"{photos}: no such folder, or no files in it")
     if out.resolve() == photos.resolve():
         fail(f"--out {out}: these are the photographs, and crops would replace them; name another folder")
-    crops = read_rows(out / "landmarks.csv")                    # {crop: ten numbers}
+    crops = read_rows(out / "landmarks.csv", float, 10)         # {crop: ten numbers}
     rejected = {}
 
     def cut(name):
@@ -116,9 +117,9 @@ def align(photos, out, detector):
 
 def write_tables(out, names, crops, rejected):
     """Writes landmarks.csv and rejected.csv, where rows of photographs that are not in `names` stay."""
-    old = {name: row[0] for name, row in read_rows(out / "rejected.csv").items() if name not in names}
+    old = {name: row[0] for name, row in read_rows(out / "rejected.csv", str, 1).items() if name not in names}
     write_csv(out / "rejected.csv", ["file", "reason"], sorted((old | rejected).items()))
-    rows = ((name, torch.tensor([*map(float, row)])) for name, row in sorted(crops.items()))
+    rows = ((name, torch.tensor(row)) for name, row in sorted(crops.items()))
     write_landmarks(out / "landmarks.csv", rows)
 
 
