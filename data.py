@@ -641,19 +641,18 @@ def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
     on.
     """
     generator, temporary = torch.Generator().manual_seed(0), Path(f"{root}.tmp")
-    images, rows = [], []
-    for person in tqdm(range(people + held_out), "drawing toy faces", leave=False):
-        who = 2 * torch.rand(1, PERSON, generator=generator) - 1
-        how = 2 * torch.rand(per_person, PICTURE, generator=generator) - 1
-        drawn, landmarks = draw_faces(who, how, size)
-        noise = 2.5 * torch.randn(drawn.shape, generator=generator)             # of the sensor
-        images.append((255 * drawn + noise).clamp(0, 255).byte())
-        if person < people:
-            folder = temporary / f"p{person:04d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(images[-1]):
-                to_pil_image(image).save(folder / f"{i:04d}.png")
-                rows.append((f"{folder.name}/{i:04d}.png", size * landmarks[i]))
-    write_landmarks(temporary / "landmarks.csv", rows)
-    write_bin(temporary / "heldout.bin", torch.stack(images[people:]), 3000, generator)
+    who = 2 * torch.rand(people + held_out, PERSON, generator=generator) - 1
+    how = 2 * torch.rand(len(who) * per_person, PICTURE, generator=generator) - 1
+    some = [*zip(who.repeat_interleave(per_person, 0).split(160), how.split(160))]
+    drawn = [draw_faces(*batch, size) for batch in tqdm(some, "drawing toy faces", leave=False)]
+    images, landmarks = map(torch.cat, zip(*drawn))
+    noise = 2.5 * torch.randn(images.shape, generator=generator)                # of the sensor
+    images = (255 * images + noise).clamp(0, 255).byte()
+
+    names = [f"p{person:04d}/{i:04d}.png" for person in range(people) for i in range(per_person)]
+    for name, image in zip(names, images):
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(temporary / name)
+    write_landmarks(temporary / "landmarks.csv", zip(names, size * landmarks))
+    write_bin(temporary / "heldout.bin", images.unflatten(0, (-1, per_person))[people:], 3000, generator)
     os.replace(temporary, root)
