@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import Conv2dNormActivation, nms
@@ -38,8 +38,6 @@ from model import DEVICE, autocast, build, conv, fail, read_published, reading, 
 SUFFIXES = ("", *".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split())
 Image.init()                # only formats that Pillow reads itself; older ones lack some of them
 FORMATS = [name for name in "JPEG PNG WEBP AVIF GIF BMP TIFF PPM".split() if name in Image.OPEN]
-UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}     # by the EXIF tag for orientation
 
 
 def open_image(file):
@@ -50,9 +48,8 @@ def open_image(file):
         if image.width * image.height > 2 ** 27:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         image.load()
-        orientation = None
-        with contextlib.suppress(Exception):                                # other EXIF tags may be broken
-            orientation = image.getexif().get(0x0112)
+        with contextlib.suppress(Exception):                                # EXIF tags may be broken
+            ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":                                               # 16 or 32 bits of grey
         values = np.asarray(image).astype(np.float32)
         whites = (1, 255, 2 ** 16 - 1) if image.mode == "F" else (2 ** 16 - 1, 2 ** 31)
@@ -61,8 +58,6 @@ def open_image(file):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
     return image.convert("RGB")
 
 
