@@ -7,7 +7,6 @@ folder, on first use. Photographs become aligned crops by docs/align.py.
 """
 import contextlib
 import csv
-import functools
 import hashlib
 import io
 import itertools
@@ -18,7 +17,7 @@ import struct
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +52,7 @@ def open_image(file):
     if image.mode[0] in "IF":                                               # 16 or 32 bits of grey
         values = np.asarray(image).astype(np.float32)
         whites = (1, 255, 2 ** 16 - 1) if image.mode == "F" else (2 ** 16 - 1, 2 ** 31)
-        white = min(white for white in whites if values.max() <= white)
+        white = min((white for white in whites if values.max() <= white), default=values.max())
         image = Image.fromarray((values * 255 / white).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -61,12 +60,16 @@ def open_image(file):
     return image.convert("RGB")
 
 
-def read_image(file, size=None):
-    """The image of a path or an open file, uint8 (3, S, S), resized to `size` if need be."""
-    image = open_image(file)
-    if size and image.size != (size, size):
+def to_tensor(image, size):
+    """A PIL image as uint8 (3, S, S), resized to `size` if need be."""
+    if image.size != (size, size):
         image = image.resize((size, size), Image.BICUBIC, reducing_gap=2)
     return pil_to_tensor(image)
+
+
+def processors():
+    """How many processors this process may use, at most 16."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
 # ------------------------------------------------------------------------------------------ training sources
@@ -75,9 +78,9 @@ NO_RECORD = -1                                                              # th
 
 
 def open_source(name):
-    """The folder of a source, and who numbered its people: a record file, a recogniser, or nobody, None.
+    """The folder of a source, and what numbered its people: a record file, a recogniser, or nothing, None.
 
-    Equal names from two numberings are different people. The demo is drawn if it is not there yet.
+    Equal names from two numberings are different people. The demo is painted if it is not there yet.
     """
     root = Path("runs/demo" if name == "demo" else name)
     if name == "demo" and not root.is_dir():
@@ -93,24 +96,30 @@ def open_source(name):
         return root, None if settings["real_to"] else settings["fr_sha256"]
 
 
-def list_images(root):
-    """Names identity/image, with slashes, of the images in the folders of a folder, however deep they lie."""
+def list_files(root):
+    """Yields the names, with slashes, of the files below a folder, however deep they lie; no hidden ones."""
     def refuse(error):
         raise error                                                 # os.walk would leave the folder out
 
     if not root.is_dir():
         fail(f"{root}: no such folder")
-    names, others = [], Counter()
     for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
         below = Path(folder).relative_to(root).as_posix()
-        for file in sorted(files):
-            if below == "." or "/." in f"/{below}/{file}":          # landmarks.csv and the like; hidden files
-                continue
-            suffix = Path(file).suffix.lower()
-            if suffix in SUFFIXES:
-                names.append(f"{below}/{file}")
-            else:
-                others[suffix] += 1
+        names = (f"{below}/{file}".removeprefix("./") for file in files)
+        yield from (name for name in names if "/." not in f"/{name}")
+
+
+def list_images(root):
+    """The names identity/image of the images in the folders of a folder."""
+    names, others = [], Counter()
+    for name in list_files(root):
+        suffix = Path(name).suffix.lower()
+        if "/" not in name:                                         # landmarks.csv and the like
+            continue
+        if suffix in SUFFIXES:
+            names.append(name)
+        else:
+            others[suffix] += 1
     if others:
         print(f"{root}: left out, because they are no images by their names: "
               + ", ".join(f"{count} {suffix}" for suffix, count in others.most_common()))
@@ -137,9 +146,9 @@ def open_stored(path, offset):
 class Faces(Dataset):
     """Images of one or more sources, united by identity name: images, labels, and landmarks ([0, 1] or NaN).
 
-    An item is an image, uint8 array (3, S, S) or a text that refuses it, and its index. For an image that cannot be read the next one
-    stands in, with its own label and landmarks. Sets that fit in `memory` bytes are decoded once, others when
-    needed.
+    An item is an image, uint8 array (3, S, S), or a text that says why it is refused, and its index. For an
+    image that cannot be read the next one stands in, with its own index. Sets that fit in `memory` bytes are
+    decoded once, others when needed.
     """
 
     def __init__(self, sources, size=None, memory=3e9):
@@ -158,7 +167,7 @@ class Faces(Dataset):
             paths += [os.fsencode(f"{root}/{name}") for name in names]
             offsets += places
 
-            self.paths, self.offsets = paths, offsets
+            self.paths, self.offsets = paths, offsets                       # so far, for `readable`
             image, _ = next(self.readable(len(paths) - len(names)))
             sides += [image.width] * len(names)
             landmarks.append(read_landmarks(root, names, image.width))
@@ -168,8 +177,7 @@ class Faces(Dataset):
         self.labels, self.landmarks = torch.tensor(labels), torch.cat(landmarks)
         self.size = size or sides[0]
         if len(self) * 3 * self.size ** 2 <= memory:
-            order = torch.arange(len(self)).split(64)
-            read = tqdm(self.loader(order), "reading images", len(order), leave=False)
+            read = self.scan(torch.arange(len(self)), "reading images")
             self.images, self.which = (torch.cat(part).numpy() for part in zip(*read))
 
     def __len__(self):
@@ -198,21 +206,24 @@ class Faces(Dataset):
         if image.size != (side, side):                                      # a text: see `loader`
             return (f"{self.path(j)}: {image.width} x {image.height} pixels, expected {side} x {side}: aligned "
                     "faces, square and all of one size in a source; docs/align.py makes them of photographs"), j
-        if side != self.size:
-            image = image.resize((self.size, self.size), Image.BICUBIC, reducing_gap=2)
-        return pil_to_tensor(image).numpy(), j
+        return to_tensor(image, self.size).numpy(), j
 
     def loader(self, order):
         """Yields images (B, 3, S, S) and their indices (B,) for each batch of indices in `order`."""
         # Workers are slow to start. Arrays reach them by pipe; tensors would need /dev/shm.
         workers = 0 if self.images is not None or len(self) <= 100 else processors()
         loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers, collate_fn=stacked,
-                            pin_memory=DEVICE.type == "cuda")               # a thread receives the batches
+                            pin_memory=DEVICE.type == "cuda")               # for its thread, which reads ahead
         for images, indices in loader:
             if isinstance(images, str):                 # a worker that ended the run itself would hang it
                 fail(images)
             images = torch.from_numpy(images)
             yield images.pin_memory() if DEVICE.type == "cuda" else images, torch.from_numpy(indices)
+
+    def scan(self, indices, title):
+        """Yields the images at `indices` (M,) once, in batches as `loader` does, under a progress bar."""
+        order = indices.split(256)
+        return tqdm(self.loader(order), title, len(order), leave=False)
 
 
 def stacked(items):
@@ -230,7 +241,7 @@ def batches(faces, batch, seed, first, last):
     They follow from seed and step, so a resumed run sees what it would have seen. The rest of an epoch is
     left out.
     """
-    @functools.lru_cache(1)
+    @lru_cache(1)
     def shuffled(epoch):
         return np.random.default_rng([abs(seed), epoch]).permutation(len(faces))
 
@@ -302,7 +313,9 @@ class StoredArray:
 
 
 class BinUnpickler(pickle.Unpickler):
-    """Reads InsightFace's .bin and nothing else. It calls nothing outside this file, not even numpy."""
+    """Reads InsightFace's .bin and nothing else. It calls nothing outside this file, not even numpy, whose
+    unpickling was not made for hostile bytes.
+    """
 
     STAND_INS = {
         "_codecs.encode": lambda text, _: text.encode("latin1"),
@@ -319,15 +332,10 @@ class BinUnpickler(pickle.Unpickler):
         return self.STAND_INS[full]
 
 
-def processors():
-    """How many processors this process may use, at most 16."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-
-
 def read_benchmark(path, size):
     """An InsightFace .bin: uint8 images (2P, 3, S, S), pair p is 2p and 2p + 1; same person or not (P,)."""
     plain = lambda stored: stored.values() if isinstance(stored, StoredArray) else stored
-    decode = lambda image: read_image(io.BytesIO(memoryview(plain(image))), size)
+    decode = lambda image: to_tensor(open_image(io.BytesIO(memoryview(plain(image)))), size)
     with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
         encoded, same = BinUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="bytes").load()
         encoded = plain(encoded)
@@ -377,9 +385,9 @@ def read_landmarks(root, names, side):
     """Landmarks (M, 5, 2) in [0, 1] of the images `names` of `side` pixels; NaN where landmarks.csv has none.
     """
     path, row_of = root / "landmarks.csv", {name: i for i, name in enumerate(names)}
-    landmarks, unknown = np.full((len(names), 10), np.nan, np.float32), []
+    landmarks, unknown = torch.full((len(names), 5, 2), torch.nan), []
     if not path.is_file():
-        return torch.from_numpy(landmarks).view(-1, 5, 2)
+        return landmarks
     with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"):
         lines = read_csv(path)
         if lines and lines[0][-1].strip()[:1].isalpha():
@@ -389,12 +397,11 @@ def read_landmarks(root, names, side):
             if points.shape != (10,) or not (abs(points - 0.5) < 1.5).all():
                 raise ValueError(f"the row of {name} is {numbers}, not ten numbers in or near {side} pixels")
             if name in row_of:
-                landmarks[row_of[name]] = points
+                landmarks[row_of[name]] = torch.from_numpy(points).view(5, 2)
             else:
                 unknown.append(name)
     if unknown:
         print(f"{path}: {len(unknown)} of its {len(lines)} rows name no image here, such as {unknown[0]}")
-    landmarks = torch.from_numpy(landmarks).view(-1, 5, 2)
     distance = (landmarks - TEMPLATE).norm(dim=2).nanmean()
     if distance > 0.2:                      # where files were right, 0.15 at most
         print(f"{path}: WARNING landmarks are {distance:.2f} of the image away from an aligned face's; expected"
@@ -523,9 +530,8 @@ def complete_landmarks(faces, folder, weights):
         with reading(path, "landmarks that this script found (delete it)"):
             kept = torch.load(path, weights_only=True)
     if kept.get("files") != files:
-        detector, order = load_detector(weights, folder), missing.split(64)
-        found = [crop_landmarks(detector, images.to(DEVICE))
-                 for images, _ in tqdm(faces.loader(order), "landmarks", len(order), leave=False)]
+        detector = load_detector(weights, folder)
+        found = [crop_landmarks(detector, images.to(DEVICE)) for images, _ in faces.scan(missing, "landmarks")]
         kept = {"files": files, "landmarks": torch.cat(found)}
         with replacing(path) as temporary:
             torch.save(kept, temporary)
@@ -538,8 +544,8 @@ def complete_landmarks(faces, folder, weights):
 # ------------------------------------------------------------------------------------------------- toy faces
 #
 # A toy head is a sphere, seen higher than wide, on which spots are painted one over the other. A place on it
-# is also its normal: (right, down, ahead), of length 1. Every number of a person and of a picture varies independently,
-# in [-1, 1], so that toy people differ as widely as virtual people must.
+# is also its normal: (right, down, ahead), of length 1. Every number of a person and of a picture varies
+# independently, in [-1, 1], so that toy people differ as widely as virtual people must.
 
 LANDMARKS = F.normalize(torch.tensor(
     [(-.4, -.17, .9), (.4, -.17, .9), (0, .2, .98), (-.26, .52, .8), (.26, .52, .8)]))

@@ -2,12 +2,13 @@
 
     python dit_train.py                                     # on the data and prototypes of runs/fr
 
-Writes OUT/model.safetensors (averaged weights, and the poses of the training faces: nobody's embedding or
-name), OUT/state.pt, from which the same command continues a run that was killed, and OUT/preview-STEP.jpg:
+Writes OUT/model.safetensors (averaged weights, and the poses of the training faces, but no embeddings or
+names), OUT/state.pt, from which the same command continues a run that was killed, and OUT/preview-STEP.jpg:
 four real and four virtual people, a row each, at guidance 2.
 """
 import argparse
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from data import Faces, batches, complete_landmarks
 from model import (DEVICE, DIT_SIZES, DiT, autocast, compiled, digest, dit_loss, dpm_solver, embed, fail,
-                   guided, load_recogniser, replacing, resume, run, save_model, save_state,
+                   guided, load_recogniser, positive, replacing, resume, run, save_model, save_state,
                    stop_unless_finite, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,8 +27,8 @@ flag("--data", nargs="+", metavar="DIR", help="image folders (default: those of 
 flag("--out", default="runs/dit", metavar="DIR", help="run folder (default: %(default)s)")
 flag("--arch", choices=[f"{size}/{patch}" for size in DIT_SIZES for patch in (4, 8)], metavar="SIZE/PATCH",
      help=f"{', '.join(DIT_SIZES)} with patches of 4 or 8 pixels (default: Ti/8 up to 64 pixels, B/8 above)")
-flag("--steps", type=int, help="training steps (default: 1,100 for Ti, 200,000 for others)")
-flag("--batch", type=int, help="images per step (default: 32 for Ti, 256 for others)")
+flag("--steps", type=positive, help="training steps (default: 1,100 for Ti, 200,000 for others)")
+flag("--batch", type=positive, help="images per step (default: 32 for Ti, 256 for others)")
 flag("--lr", type=float, help="learning rate (default: 2e-3 for Ti, 2e-4 for others)")
 flag("--weights", metavar="PATH", help="RetinaFace's, where landmarks are missing (default: fetched)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -44,25 +45,23 @@ def mirror(x, landmarks):
 
 
 def preview(path, dit, backbone, W, n, landmarks, seed, rows=4, columns=8):
-    """Draws four of the n real people of W and four virtual ones (real ones again if there are none).
+    """Draws four of the n real people of W, and four virtual ones if there are any.
 
-    Returns the mean cosine to the own prototype of either four.
+    Returns the mean cosine of each four to their own prototypes.
     """
-    real, virtual = W[:n], W[n:]
-    if not len(virtual):
-        virtual = real
-    chosen = [kind[torch.linspace(0, len(kind) - 1, rows).long()] for kind in (real, virtual)]
+    kinds = [kind for kind in (W[:n], W[n:]) if len(kind)]
+    chosen = [kind[torch.linspace(0, len(kind) - 1, rows).long()] for kind in kinds]
     w = torch.cat(chosen).repeat_interleave(columns, 0)
 
     generator = torch.Generator().manual_seed(seed)
-    pose = landmarks[torch.randint(len(landmarks), (columns,), generator=generator)].repeat(2 * rows, 1, 1)
+    pose = landmarks[torch.randint(len(landmarks), (columns,), generator=generator)].repeat(len(kinds) * rows, 1, 1)
     noise = torch.randn(len(w), 3, dit.size, dit.size, generator=generator)
     with autocast():
         denoise = guided(dit, w, pose.to(DEVICE), guidance=2.0)         # shows identity sooner
         images = to_uint8(dpm_solver(denoise, noise.to(DEVICE), steps=10))
     with replacing(path) as temporary:
         save_image(images.cpu() / 255, temporary, "JPEG", nrow=columns, padding=1)
-    return (embed(backbone, images) * w).sum(1).view(2, -1).mean(1).tolist()
+    return (embed(backbone, images) * w).sum(1).view(len(kinds), -1).mean(1).tolist()
 
 
 def main():
@@ -92,11 +91,11 @@ def main():
     optimizer = torch.optim.AdamW(dit.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
-    settings = vars(args) | dict(data=data, steps=steps, batch=batch, images=len(faces), out="")
-    settings["fr"] = digest(args.fr)
+    settings = vars(args) | dict(fr=digest(args.fr), data=data, steps=steps, batch=batch, images=len(faces))
+    settings |= dict(out=None, weights=None)                # these may change when a run continues
     first = resume(out / "state.pt", settings, modules)
 
-    every = min(5000, -(-steps // 6))
+    every = min(5000, math.ceil(steps / 6))
     losses = torch.zeros(2, device=DEVICE)
     progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, leave=False, initial=first)
     for step, (x, labels, landmarks) in enumerate(progress, first):
@@ -110,7 +109,7 @@ def main():
         (mse + 0.1 * identity).backward()                   # paper: no weight given
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         with torch.no_grad():
             for slow, new in zip(average.parameters(), dit.parameters()):
                 slow.lerp_(new, 1 - decay)
@@ -122,13 +121,14 @@ def main():
             means = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             losses.zero_()
             path = out / f"preview-{step + 1:06d}.jpg"
-            real_own, virtual_own = preview(path, average, backbone, W, n, faces.landmarks, args.seed)
+            cosines = preview(path, average, backbone, W, n, faces.landmarks, args.seed)
             parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
             save_model(out, "dit", average.config, parts, fr=args.fr, fr_sha256=settings["fr"], step=step + 1,
                        steps=steps)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
+            own = " ".join(map("{} {:.3f}".format, ("real", "virtual"), cosines))
             tqdm.write(f"step {step + 1:6d}/{steps}  loss v {means[0]:.4f} identity {means[1]:.4f}  "
-                       f"own cosine real {real_own:.3f} virtual {virtual_own:.3f}")
+                       f"own cosine {own}")
 
 
 if __name__ == "__main__":

@@ -74,9 +74,8 @@ def thumbnails(images):
 def embed_faces(backbone, prototypes, faces):
     """The FaceSet of `faces`, in half precision on a GPU."""
     kind = torch.half if DEVICE.type == "cuda" else torch.float
-    order = torch.arange(len(faces)).split(512)
     columns = []
-    for images, i in tqdm(faces.loader(order), "embedding", len(order), leave=False):
+    for images, i in faces.scan(torch.arange(len(faces)), "embedding"):
         f = embed(backbone, images, unit=False) / 2             # the mean with the mirrored image
         columns.append((F.normalize(f).to(kind), thumbnails(images.to(DEVICE)).to(kind),
                         prototypes.quality(f)[:, 0], i))
@@ -90,15 +89,17 @@ def quantile(values, q):
 
 
 def consistency_separability(f, labels):
-    """C, mean cosine of two images of a class (None without any); S, mean cosine distance of two centres."""
+    """C, mean cosine of two images of a class (None if no class has two); S, mean cosine distance of two centres.
+    """
     total, count = class_sums(f, labels)
+    total, count = total[count > 0], count[count > 0]           # no image of a person may be readable
     within = ((total.square().sum(1) - count) / (count * (count - 1)))[count > 1]       # f_i f_j over i != j
     between = (F.normalize(total).sum(0).square().sum() - len(count)) / max(1, len(count) * (len(count) - 1))
     return within.mean().item() if len(within) else None, 1 - between.item()
 
 
 def diversity(quality, labels):
-    """D, variance of the quality scores (M,) within a class, mean over classes; None without any of two."""
+    """D, variance of the quality scores (M,) within a class, mean over classes; None if none has two."""
     classes = quality[labels.argsort()].split(torch.bincount(labels).tolist())
     spread = [scores.var() for scores in classes if len(scores) > 1]
     return torch.stack(spread).mean().item() if spread else None
@@ -107,8 +108,8 @@ def diversity(quality, labels):
 def resemblance(faces, real, own=None):
     """How near each image comes to real people: {test: (cosine, person or image of `real`), (M,) each}.
 
-    centre: to the nearest person's centre. image: to the nearest image. copy, where `faces` have them: of
-    thumbnails, mirrored or not. Images of the person own (M,), if given, are left out.
+    centre: to the nearest person's centre. image: to the nearest image. copy: to the nearest thumbnail,
+    mirrored or not, if `faces` have thumbnails. Images of the person own (M,), if given, are left out.
     """
     centres = F.normalize(class_sums(real.f, real.labels)[0]).to(real.f)
     found = {"centre": nearest(faces.f, centres, own), "image": nearest(faces.f, real.f, own, real.labels)}
@@ -124,8 +125,8 @@ def thresholds_of(real, strangers):
     thresholds.
 
     The cap is the median cosine of an image to the centre of its person's other images: a weak judge, or a
-    set with wrong labels, would else let copies by. For copies, halfway from what 99.9 % stay below to
-    identical.
+    set with wrong labels, would otherwise let copies pass. The threshold of copies lies halfway between what
+    99.9 % stay below and 1, at most 0.99.
     """
     if len(real.faces.people) < 2:
         fail("--real: expected two people or more; with one, strangers are unknown")
@@ -147,7 +148,7 @@ def identities_over(labels, found, threshold):
     return int((2 * count > torch.bincount(labels)[pairs[0]]).sum())
 
 
-def judge(data, found, thresholds, prototypes):
+def report_row(data, found, thresholds, prototypes):
     """One dataset's row of the report: quality, and leakage from its resemblance to real people.
 
     Clean: at most 1 % of the images are over the threshold to a centre, and to an image; at most 0.5 % of the
@@ -181,8 +182,7 @@ def judge(data, found, thresholds, prototypes):
 
 
 def offenders(data, found, thresholds, real):
-    """Rows of leaks.csv: each image over a threshold, which one, how far, whom and what image it resembles.
-    """
+    """Rows of leaks.csv for each image over a threshold: file, test, cosine, real person, real image."""
     people, labels = [*real.faces.people], real.labels.cpu()
     for test, columns in found.items():
         cosine, which = (column.cpu() for column in columns)
@@ -197,8 +197,8 @@ def draw_closest(path, data, found, real):
     """Writes a picture of the eight images nearest to a real image, above the real images."""
     cosine, which = found["image"]
     top = cosine.argsort(descending=True)[:8]
-    images = [data.faces[i][0] for i in data.index[top.cpu()]]
-    images += [real.faces[i][0] for i in real.index[which[top].cpu()]]
+    images = [some.faces[i][0] for some, chosen in ((data, top), (real, which[top]))
+              for i in some.index[chosen.cpu()]]
     with replacing(path) as temporary:
         save_image(torch.from_numpy(np.stack(images)) / 255, temporary, "JPEG", nrow=len(top))
 
@@ -274,10 +274,10 @@ def main():
         for number, name in enumerate(datasets, 1):
             data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"]))
             found = resemblance(data, real)
-            report["datasets"][name] = judge(data, found, thresholds, prototypes)
+            report["datasets"][name] = report_row(data, found, thresholds, prototypes)
             leaks += ([name, *row] for row in offenders(data, found, thresholds, real))
             draw_closest(out / f"{number}-{Path(name).name}" / "closest.jpg", data, found, real)
-        report["real"] = judge(real, strangers, thresholds, prototypes)
+        report["real"] = report_row(real, strangers, thresholds, prototypes)
         report["real"]["leakage"]["verdict"] = "baseline"
 
         rows = report["datasets"] | {"the real faces": report["real"]}

@@ -1,6 +1,6 @@
 """Stage 1: trains a face recogniser that keeps room for people who do not exist.
 
-    python fr_train.py                                      # the demo: toy faces drawn by data.py
+    python fr_train.py                                      # the demo: toy faces painted by data.py
     python fr_train.py --data casia/                        # identity/image.jpg or train.rec, aligned
     python fr_train.py --data runs/virtual --virtual 0 --out runs/fr-virtual        # virtual people alone
 
@@ -11,13 +11,12 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Faces, batches, named_benchmarks, open_source, read_benchmark
 from evaluate import embed_faces, pair_distances, verification
 from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, compiled, fail,
-                   person_moment, resume, run, save_model, save_state, stop_unless_finite, vigface_loss,
+                   person_moment, positive, resume, run, save_model, save_state, stop_unless_finite, vigface_loss,
                    virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,8 +29,8 @@ flag("--arch", choices=RECOGNISERS, help="network (default: tiny up to 64 pixels
 flag("--head", choices=MARGINS, default="arcface", help="margin (default: %(default)s)")
 flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as many as real identities)")
 flag("--free", action="store_true", help="virtual prototypes as in the paper, free vectors (default: off)")
-flag("--epochs", type=int, help="(default: 26 for ir_se50, 6 for others; more if under 1,250 steps)")
-flag("--batch", type=int, help="images per step (default: 512 for ir_se50, 128 for others)")
+flag("--epochs", type=positive, help="(default: 26 for ir_se50, 6 for others; more if under 1,250 steps)")
+flag("--batch", type=positive, help="images per step (default: 512 for ir_se50, 128 for others)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
@@ -49,7 +48,7 @@ def make_optimizer(parameters):
 
 
 def augment(x, p=0.2):
-    """Mirrors half of the images (B, 3, S, S); of a share p only a random box is left, as AdaFace crops."""
+    """Mirrors half of the images (B, 3, S, S); in a share p blacks out all but a random box, as AdaFace does."""
     B, _, S, _ = x.shape
     uniform = lambda low, high: low + (high - low) * torch.rand(B, 1, 1, 1, device=x.device)
     x = torch.where(uniform(0, 1) < 0.5, x, x.flip(3))
@@ -63,14 +62,12 @@ def augment(x, p=0.2):
     return torch.where(uniform(0, 1) < p, cropped, x)
 
 
-def check(size, n, batch, k, epochs):
+def check(size, n, batch, k):
     """Ends the program if a run of these settings cannot be."""
     if size % 16 or size < 32:
-        fail(f"--size {size}: expected a multiple of 16, 32 or more, as of aligned 112 x 112 crops; give "
-             "--size; of photographs docs/align.py makes crops")
-    if n < 2 or batch < 2 or k < 0 or (epochs is not None and epochs < 1):
-        fail(f"{n} people (2 or more), --batch {batch} (2 or more), --virtual {k} (0 or more), --epochs {epochs} "
-             "(1 or more): expected no less")
+        fail(f"--size {size}: expected a multiple of 16, 32 or more; name one (docs/align.py crops photographs)")
+    if n < 2 or batch < 2 or k < 0:
+        fail(f"expected 2 or more people, --batch of 2 or more, --virtual of 0 or more; found {n}, {batch}, {k}")
 
 
 def main():
@@ -81,7 +78,7 @@ def main():
     args.arch = args.arch or ("tiny" if size <= 64 else "ir_se50")
     recipe = RECOGNISERS[args.arch]
     batch = min(args.batch or recipe["batch"], len(faces))
-    check(size, n, batch, k, args.epochs)
+    check(size, n, batch, k)
     per_epoch = len(faces) // batch
     epochs = args.epochs or max(recipe["epochs"], math.ceil(1250 / per_epoch))
     steps = epochs * per_epoch
@@ -96,7 +93,7 @@ def main():
 
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     settings = vars(args) | dict(size=size, virtual=k, batch=batch, epochs=epochs, images=len(faces), people=n)
-    settings |= dict(out="", val="")                             # these may change when a run continues
+    settings |= dict(out=None, val=None)                        # these may change when a run continues
     first = resume(out / "state.pt", settings, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 
@@ -119,7 +116,7 @@ def main():
         # The backbone alone, as InsightFace does: the prototypes' gradients would dominate the norm.
         torch.nn.utils.clip_grad_norm_(backbone.parameters(), 5)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         losses += torch.stack(parts).detach()                           # .item() would wait for the GPU
         if step % 50 == 0:
@@ -135,8 +132,8 @@ def main():
             save_model(out, "fr", backbone.config, weights, data=args.data, val=[*map(str, val)],
                        names=[*faces.people], step=step + 1, steps=steps)
             save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
-            line = "epoch {}/{}  loss real {:.3f} virtual {:.3f} quality {:.3f}  lr {:.4f}".format(
-                (step + 1) // per_epoch, epochs, *means, lr)
+            line = f"epoch {(step + 1) // per_epoch}/{epochs}  lr {lr:.4f}  "
+            line += "loss real {:.3f} virtual {:.3f} quality {:.3f}".format(*means)
             for name, (images, same) in benchmarks.items():
                 line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
             tqdm.write(line)

@@ -1,13 +1,15 @@
 """Every network and every objective of VIGFace. The four scripts share this module.
 
-It follows the paper: the recogniser; prototypes, margin losses and virtual embeddings; the Diffusion
-Transformer; diffusion and its solver. Saving, loading and resuming come last.
+It follows the paper: the recogniser; prototypes, margin losses and virtual embeddings (stage 1); the
+Diffusion Transformer, diffusion and its solver (stage 2). Saving, loading and resuming come last. A comment
+`paper: ...; here: ... because ...` marks where the code departs from the paper, or had to choose.
 
 Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, M images of a
 set, N tokens, C channels. Networks see RGB images (B, 3, S, S) in [-1, 1]. Landmarks are (B, 5, 2), x
 and y in [0, 1] of the image: left eye, right eye, nose, left and right mouth corner, as the viewer sees left
 and right.
 """
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -42,8 +44,15 @@ def fail(message):
     raise SystemExit(2)
 
 
+def positive(text):
+    """The type of a flag that is a number of things: 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return int(text)
+
+
 def system_failed(error):
-    """Whether the system failed and not the file that is read: a full GPU, a disk error, no permission."""
+    """Whether the system is to blame and not the file: memory is full, the disk fails, no permission."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EINVAL)     # EINVAL: a damaged file
@@ -58,7 +67,7 @@ def reading(path, expected):
         fail(f"{path}: no such file; expected {expected}")
     except Exception as error:
         if system_failed(error):
-            raise                                           # `run` says so
+            raise                                           # `run` reports it
         fail(f"{path}: expected {expected}; {type(error).__name__}: {str(error)[:300]}")
 
 
@@ -75,7 +84,7 @@ def to_uint8(images):
 def autocast():
     """bf16 autocast where bf16 is fast: on GPUs since Ampere and CPUs with AVX512-BF16 or AMX."""
     if DEVICE.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported(False))
+        return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
@@ -136,7 +145,7 @@ class Recogniser(nn.Module):
     weights.
 
     Published networks differ in `units`, the residual units of each stage; some lack `se`, the channel gates;
-    some were trained on `bgr` images.
+    some were trained on `bgr` images. S must be a multiple of 16.
     """
 
     def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3), dropout=0.4, se=True, bgr=False):
@@ -192,7 +201,7 @@ def embed(backbone, images, batch=256, unit=True, exact=False):
     embeddings = []
     with contextlib.nullcontext() if exact else autocast():
         for chunk in images.split(batch):
-            x = to_float(chunk.to(DEVICE, non_blocking=True))
+            x = to_float(chunk.to(DEVICE))
             embeddings.append((backbone(x) + backbone(x.flip(3))).float())
     f = torch.cat(embeddings)                                           # (M, D)
     if not f.isfinite().all():
@@ -262,7 +271,7 @@ class Prototypes(nn.Module):
         self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
         self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
         self.quality = nn.Linear(dim, 1)                                # scores images in reports (CR-FIQA)
-        self.register_buffer("drawn", torch.zeros(k, dim))              # see `settle`
+        self.register_buffer("drawn", torch.zeros(k, dim))              # what `settle` gives, to be drawn
         self.register_buffer("sigma2", torch.zeros(dim))                # variance of f - w, for unit f and w
         self.register_buffer("norm_mean", torch.tensor(20.0))           # of embeddings' norms, for AdaFace,
         self.register_buffer("norm_std", torch.tensor(100.0))           # which publishes these initial values
@@ -272,7 +281,7 @@ class Prototypes(nn.Module):
 
         paper: virtual prototypes are free vectors; here, unless `free`, they are multiplied by the second
         moment of the real ones, because free vectors spread over all directions, also over those where no
-        face lies.
+        face lies. This exaggerates the spread of the real ones; `settle` puts that right.
         """
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if not self.free:
@@ -284,10 +293,11 @@ class Prototypes(nn.Module):
     def settle(self, people):
         """Fixes the virtual prototypes that will be drawn, given the `person_moment` (D, D) of real faces.
 
-        paper: as trained; here, unless `free`, they are whitened and given a moment that is two thirds that
-        of real prototypes and one third that of people. Prototypes of few images differ also as their
-        photographs do, so the first alone asks for people who do not exist; the second alone crowds them. So
-        they are near, but not equal, to the directions of `unit`, from which the loss kept people away.
+        paper: as trained; here, unless `free`, they are whitened, and given two thirds of the moment of real
+        prototypes and one third of the moment of people. The prototype of a person with few images contains
+        the accidents of these images. So with the moment of prototypes alone, some virtual people would look
+        like no person. With the moment of people alone, they would be too much alike. The result is close to
+        the directions of `unit`, which the loss kept clear of real people, but not equal to them.
         """
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if not self.free:
@@ -329,7 +339,7 @@ MARGINS = {"arcface": (arcface, 0.5), "adaface": (adaface, 0.4)}
 
 
 def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
-    """AdaFace's image quality (B, 1) in [-1, 1]: the norm of embeddings f (B, D) against its running average.
+    """AdaFace's image quality (B, 1) in [-1, 1]: the norm of f (B, D) against its averages, which it updates.
     """
     with torch.no_grad():
         norm = f.norm(dim=1, keepdim=True).clamp(1e-3, 100)
@@ -358,7 +368,8 @@ def around(w, noise, sigma2):
     """Virtual embeddings (B, D), of unit length, around prototypes w: w + noise sigma, normalised.
 
     paper: sigma^2 is the mean of (f - w)^2; here it is scaled, because normalising brings w + noise sigma
-    back towards w. Its cosine to w becomes 1 / sqrt(1 + sum sigma^2), and should be c, as of real embeddings.
+    back towards w. The cosine to w becomes about 1 / sqrt(1 + sum sigma^2). It should be c, the mean cosine
+    of real embeddings to their prototypes.
     """
     spread = sigma2.sum().clamp(min=1e-9)
     c = (1 - spread / 2).clamp(min=0.1)                                         # |f - w|^2 = 2 - 2 c
@@ -370,8 +381,8 @@ def around(w, noise, sigma2):
 def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0):
     """Losses of real embeddings f (B, D), of b_virtual virtual embeddings, and of the quality head.
 
-    Virtual embeddings f'_j = w_v^j + N(0, 1) sigma update virtual prototypes only; real embeddings meet these
-    as negatives. sigma^2 is a running average, which each step moves a tenth of the way. `ramp`, from 0 to 1, scales the margin.
+    Virtual embeddings (`around`) train the virtual prototypes only. For real embeddings, virtual prototypes
+    are wrong classes. sigma^2 is a running average (rate 0.1). `ramp`, from 0 to 1, scales the margin.
 
     paper: whether f and w are normalised is unstated; here they are, before sigma and f', because the margin
     acts on the sphere. paper: one loss over both batches; here both sums are divided by b_r, because b_r +
@@ -387,15 +398,16 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
             prototypes.sigma2.lerp_((direction - W[labels]).square().mean(0), 0.1)
 
         cos = direction @ W.mT                                                  # (B, n + k)
-        logits = margin_logits(cos, labels, norm_quality(f, prototypes), ramp * margin, scale)
+        quality = norm_quality(f, prototypes)
+        logits = margin_logits(cos, labels, quality, ramp * margin, scale)
         real_loss = F.cross_entropy(logits, labels)
         head_loss = quality_loss(f, cos[:, :n], labels, prototypes)
 
         chosen = n + torch.randint(max(1, k), (b_virtual,), device=f.device)    # b_virtual is 0 if k is
         virtual_f = around(W[chosen], torch.randn_like(W[chosen]), prototypes.sigma2)
         cos = virtual_f @ torch.cat([W[:n].detach(), W[n:]]).mT                 # (b_v, n + k)
-        average = torch.zeros_like(cos[:, :1])          # AdaFace's quality: a virtual embedding has no norm
-        logits = margin_logits(cos, chosen, average, ramp * margin, scale)
+        quality = torch.zeros_like(cos[:, :1])          # average, because a virtual embedding has no norm
+        logits = margin_logits(cos, chosen, quality, ramp * margin, scale)
         virtual_loss = F.cross_entropy(logits, chosen, reduction="sum") / len(f)
     return real_loss, virtual_loss, head_loss
 
@@ -540,7 +552,7 @@ def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
     x_t = a * x + s * noise
     v = a * noise - s * x
 
-    # Guidance needs w = 0, nobody. The identity loss stays there, too, because x_t still shows who it is.
+    # Guidance needs w = 0, nobody. The identity loss applies there, too: x_t still shows who it is.
     keep = torch.rand(len(x), 1, device=x.device) >= drop
     v_hat = dit(x_t, t, w * keep, landmarks).float()
     x_hat = a * x_t - s * v_hat
@@ -553,9 +565,8 @@ def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
 
 
 def guided(dit, w, landmarks, guidance=1.0):
-    """x0 as a function of (x_t, t), in [-1, 1], with classifier-free guidance: nobody + g (w - nobody).
-
-    The code guides v; x0 is linear in v, so it is the same.
+    """x0 as a function of (x_t, t), in [-1, 1], with classifier-free guidance: v(0) + g (v(w) - v(0)), where
+    w = 0 is nobody.
     """
     def denoise(x, t):                                                          # (B, 3, S, S), float
         times = torch.full((len(x),), t, device=x.device)
@@ -581,11 +592,11 @@ def dpm_solver(denoise, x, steps):
     times = [1.0, *(torch.exp(-log_snr).atan() * 2 / math.pi).tolist()]         # tan(pi t / 2) = s / a
     previous = None
     for t, t_next in zip(times, times[1:]):
-        a, s = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
-        a_next, s_next = math.cos(math.pi * t_next / 2), math.sin(math.pi * t_next / 2)
+        angle, next_angle = t * math.pi / 2, t_next * math.pi / 2
         x0 = denoise(x, t)
         estimate = x0 if previous is None else 1.5 * x0 - 0.5 * previous
-        x = s_next / s * x + (a_next - a * s_next / s) * estimate
+        # s' / s x + (a' - a s' / s) x0, where ' is the next time
+        x = (math.sin(next_angle) * x + math.sin(angle - next_angle) * estimate) / math.sin(angle)
         previous = x0 if t < 1 else None                # never from the first step, which is infinitely long
     return denoise(x, times[-1])
 
@@ -602,9 +613,9 @@ def run(main):
         tqdm.write("interrupted; the same command continues from what is saved", sys.stderr)
         raise SystemExit(130)
     except torch.OutOfMemoryError:
-        fail("the GPU's memory does not suffice: give the command again with --batch half as large")
+        fail("the memory does not suffice: halve --batch, and change --out if the run has saved already")
     except OSError as error:
-        fail(f"{error}; nothing is lost, put it right and give the same command again")
+        fail(f"{error}; put it right and give the same command again, which continues from what is saved")
 
 
 @contextlib.contextmanager
@@ -641,10 +652,11 @@ def load_model(folder, stage):
         meta = {"names": []} | json.loads(file.metadata()["vigface"])
         if meta["stage"] != stage or meta["step"] < meta["steps"]:
             raise ValueError(f"it is from {meta['stage']}_train.py, step {meta['step']} of {meta['steps']}")
+        # The file may be somebody else's: no huge network, and no path outside of the folder of a set.
         if meta["config"].get("depth", 0) + sum(meta["config"].get("units", ())) > len(tensors):
             raise ValueError("it describes more layers than it holds")
         if any(name in ("", ".", "..") or {"/", "\0"} & {*name} for name in meta["names"]):
-            raise ValueError("it names people by what is no name of a folder")
+            raise ValueError("it has a person's name that cannot name a folder")
     return tensors, meta
 
 
@@ -667,7 +679,7 @@ def build(module, tensors, prefix, path, arguments={}):
 
 
 def read_checkpoint(path):
-    """The tensors {name: tensor} of somebody's .safetensors, .pth, .pt or .ckpt, in fp32. Runs nothing of it.
+    """The tensors {name: tensor} of somebody's .safetensors, .pth, .pt or .ckpt, in fp32. It runs no code.
     """
     if Path(path).suffix == ".safetensors":
         state = safetensors.torch.load_file(path)
@@ -675,9 +687,8 @@ def read_checkpoint(path):
         # A checkpoint may name classes of the trainer that wrote it. Empty classes stand in for them.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
         empty = {"__init__": lambda self, *_: None, "__setstate__": lambda self, _: None}
-        stand_ins = []
-        for module, _, name in (name.rpartition(".") for name in names):
-            stand_ins.append(type(name, (), empty | {"__module__": module}))
+        stand_ins = [type(name, (), empty | {"__module__": module})
+                     for module, _, name in (name.rpartition(".") for name in names)]
         with torch.serialization.safe_globals(stand_ins):
             state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
@@ -699,16 +710,16 @@ def load_published(path, bgr=None):
     bgr: its colour order; by default BGR for AdaFace's checkpoints, RGB for all others.
     """
     tensors = read_published(path, "backbone")
-    units = [len(tensor) for name, tensor in tensors.items() if "res_layer.4.weight" in name]
-    if not units or "backbone.input_layer.0.weight" not in tensors:
+    widths = [len(tensor) for name, tensor in tensors.items() if "res_layer.4.weight" in name]    # of units
+    if not widths or "backbone.input_layer.0.weight" not in tensors:
         fail(f"{path}: expected the layout of AdaFace, CVLface or TFace (input_layer, body, output_layer), "
              f"found {', '.join([*tensors][:3])} (conv1 and layer1 are InsightFace's); name another file")
     if bgr is None:
         with reading(path, "published weights"):
             bgr = any(name.startswith("model.input_layer") for name in read_checkpoint(path))
-    print(f"{path}: {len(units)} residual units, reads {'BGR' if bgr else 'RGB'} images")
-    width, stages = units[0], sorted({*units})
-    config = dict(size=112, dim=512, width=width, units=[units.count(stage) for stage in stages], bgr=bgr,
+    print(f"{path}: {len(widths)} residual units, reads {'BGR' if bgr else 'RGB'} images")
+    units = [widths.count(width) for width in sorted({*widths})]
+    config = dict(size=112, dim=512, width=widths[0], units=units, bgr=bgr,
                   se="backbone.body.0.res_layer.se_block.fc1.weight" in tensors)
     return build(Recogniser, tensors, "backbone", path, config), config
 
@@ -737,11 +748,9 @@ def same_settings(path, before, now):
 
 def save_state(path, settings, step, modules):
     """Writes what a killed run continues from: settings, step, the state of {name: module or optimizer}."""
-    state = {"settings": settings, "step": step}
-    for name, module in modules.items():
-        state[name] = module.state_dict()
+    state = {name: module.state_dict() for name, module in modules.items()}
     with replacing(path) as temporary:
-        torch.save(state, temporary)
+        torch.save(state | {"settings": settings, "step": step}, temporary)
 
 
 def resume(path, settings, modules):
@@ -750,10 +759,10 @@ def resume(path, settings, modules):
         return 0
     with reading(path, "the state of a run (delete it to start over)"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before, step = state["settings"], int(state["step"])
-    same_settings(path, before, settings)
-    for name, module in modules.items():
-        module.load_state_dict(state[name])
+        step = int(state["step"])
+        same_settings(path, state["settings"], settings)
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
     print(f"continuing {Path(path).parent} at step {step}")
     return step
 
@@ -761,5 +770,6 @@ def resume(path, settings, modules):
 def stop_unless_finite(losses, step, out):
     """Mean losses, a tensor, as floats; ends the run if one is not finite. Its last checkpoint stays."""
     if not losses.isfinite().all():
-        fail(f"{out}: the loss is {losses.tolist()} at step {step}; the last checkpoint is kept; lower --lr")
+        fail(f"{out}: the loss is {losses.tolist()} at step {step}; the last checkpoint is kept; start again with "
+             "a lower --lr and another --out")
     return losses.tolist()

@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import Faces, read_csv, read_image, write_csv, write_landmarks
+from data import Faces, open_image, read_csv, write_csv, write_landmarks
 from evaluate import FaceSet, embed_faces, resemblance, thresholds_of
 from model import (DEVICE, RANK, DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
-                   load_model, load_recogniser, nearest, reading, replacing, run, same_settings, to_uint8)
+                   load_model, load_recogniser, nearest, positive, reading, replacing, run, same_settings, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -41,21 +41,24 @@ flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (def
 flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
 flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the recogniser's data)")
 flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
-flag("--virtual", type=int, default=2000, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
-flag("--per-id", type=int, default=4, help="pictures of each (default: %(default)s)")
-flag("--real-to", type=int, metavar="N", help="instead, fill every real person up to N images (default: off)")
+flag("--virtual", type=positive, default=2000, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
+flag("--per-id", type=positive, default=4, help="pictures of each (default: %(default)s)")
+flag("--real-to", type=positive, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
 # paper: guidance 4; here 1: half the cost, and pictures of one person stay varied.
 flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
-flag("--batch", type=int, default=256 if DEVICE.type == "cuda" else 64, help="pictures at once (default: %(default)s)")
+flag("--batch", type=positive, default=256 if DEVICE.type == "cuda" else 64,
+     help="pictures at once (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 ATTEMPTS = 5        # paper: unstated; here pictures too near a real person are drawn again
-COLUMNS = ["file", "identity", "index", "attempt", "landmarks_from", "verdict",         # of manifest.csv
-           "cos_own", "cos_nearest_real", "cos_nearest_image", "own_is_nearest", "quality"]
 
 # A picture to draw: the index-th of the person with this row of W and this name, in a training face's pose.
 Job = namedtuple("Job", "row name index attempt pose")
+
+# What became of it: a row of manifest.csv.
+Verdict = namedtuple("Verdict", "file identity index attempt landmarks_from verdict cos_own cos_nearest_real "
+                                "cos_nearest_image own_is_nearest quality")
 
 
 def seed_of(*what):
@@ -68,7 +71,7 @@ def load(args):
     tensors, meta = load_model(args.dit, "dit")
     args.fr = args.fr or meta["fr"]
     backbone, prototypes, fr = load_recogniser(args.fr)
-    if digest(args.fr) != meta["fr_sha256"]:
+    if not fr["names"] or digest(args.fr) != meta["fr_sha256"]:
         fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it, or train again")
     dit = build(DiT, tensors, "dit", args.dit, meta["config"]).to(DEVICE)
     return dit, tensors["poses.landmarks"], backbone, prototypes, fr
@@ -105,10 +108,9 @@ def draw(dit, W, poses, jobs, args):
 
 
 def judge(backbone, prototypes, W, real, thresholds, jobs, images):
-    """A verdict on the picture of each job: dicts of the columns of manifest.csv.
+    """A Verdict on the picture of each job: whether it is over a threshold, and so a leak.
 
-    Over a threshold it is a leak. Pictures of a real person (--real-to) may resemble this person's own
-    images.
+    Pictures of a real person (--real-to) may resemble this person's own images.
     """
     f = embed(backbone, images, unit=False)[:len(jobs)] / 2      # the mean with the mirrored image
     unit = F.normalize(f)
@@ -120,12 +122,9 @@ def judge(backbone, prototypes, W, real, thresholds, jobs, images):
     leaks = (centre > thresholds["centre"]) | (image > thresholds["image"])
     numbers = torch.stack([own, centre, image, own > nearest_other, prototypes.quality(f)[:, 0]], 1)
 
-    verdicts = []
-    for job, leak, scores in zip(jobs, leaks.tolist(), numbers.tolist()):
-        values = [f"{job.name}/{job.index:04d}.jpg", job.name, job.index, job.attempt, job.pose,
-                  "leak" if leak else "accepted", *map("{:.4f}".format, scores)]
-        verdicts.append(dict(zip(COLUMNS, values, strict=True)))
-    return verdicts
+    return [Verdict(f"{job.name}/{job.index:04d}.jpg", job.name, job.index, job.attempt, job.pose,
+                    "leak" if leak else "accepted", *map("{:.4f}".format, scores))
+            for job, leak, scores in zip(jobs, leaks.tolist(), numbers.tolist())]
 
 
 def people_to_draw(args, names, n, real):
@@ -134,10 +133,10 @@ def people_to_draw(args, names, n, real):
         images = torch.bincount(real.labels).tolist()
         wanted = {row: args.real_to - count for row, count in enumerate(images[:n]) if 0 < count < args.real_to}
         if not wanted:
-            fail(f"--real-to {args.real_to}: everybody has as many images; give more")
+            fail(f"--real-to {args.real_to}: nobody whom {args.fr} knows has 1 to {args.real_to - 1} images; give more")
         return wanted
     k = len(names) - n
-    if not 0 < args.virtual <= k:
+    if args.virtual > k:
         fail(f"--virtual {args.virtual}: expected 1 to {k}, as {args.fr} has; train it with more")
     return {n + i: args.per_id for i in range(args.virtual)}
 
@@ -147,31 +146,30 @@ def write_person(out, name, pictures, verdicts):
     for file, image in pictures.items():
         with replacing(out / file) as path:
             to_pil_image(image).save(path, "JPEG", quality=95, subsampling=0)
-    verdicts.sort(key=lambda verdict: (verdict["index"], verdict["attempt"]))
-    write_csv(out / ".people" / f"{name}.csv", COLUMNS, (verdict.values() for verdict in verdicts))
+    verdicts.sort(key=lambda verdict: (verdict.index, verdict.attempt))
+    write_csv(out / ".people" / f"{name}.csv", Verdict._fields, verdicts)
 
 
 def finish(out, names, wanted, poses, size):
     """Joins everybody's verdicts into manifest.csv, which says that the set is complete; says how it went."""
-    verdicts = []
-    for row in wanted:
-        rows = read_csv(out / ".people" / f"{names[row]}.csv")
-        verdicts += [dict(zip(COLUMNS, values, strict=True)) for values in rows[1:]]
-    accepted = [verdict for verdict in verdicts if verdict["verdict"] == "accepted"]
+    verdicts = [Verdict(*values) for row in wanted
+                for values in read_csv(out / ".people" / f"{names[row]}.csv")[1:]]
+    accepted = [verdict for verdict in verdicts if verdict.verdict == "accepted"]
     if not accepted:
         fail(f"{out}: every picture was too near a real person; train stage 2 longer")
-    landmarks = size * poses[[int(verdict["landmarks_from"]) for verdict in accepted]]
-    write_landmarks(out / "landmarks.csv", zip((verdict["file"] for verdict in accepted), landmarks))
+    landmarks = size * poses[[int(verdict.landmarks_from) for verdict in accepted]]
+    write_landmarks(out / "landmarks.csv", zip((verdict.file for verdict in accepted), landmarks))
 
-    people = [[*some] for _, some in itertools.groupby(accepted, lambda verdict: verdict["identity"])][:8]
+    people = [[*some] for _, some in itertools.groupby(accepted, lambda verdict: verdict.identity)][:8]
     width = min(8, max(map(len, people)))
-    grid = [read_image(out / some[i * len(some) // width]["file"]) for some in people for i in range(width)]
+    files = [out / some[i * len(some) // width].file for some in people for i in range(width)]
+    grid = [pil_to_tensor(open_image(file)) for file in files]
     with replacing(out / "grid.jpg") as path:
         save_image(torch.stack(grid) / 255, path, "JPEG", nrow=width)
-    write_csv(out / "manifest.csv", COLUMNS, (verdict.values() for verdict in verdicts))
+    write_csv(out / "manifest.csv", Verdict._fields, verdicts)
 
     def mean(column):
-        return sum(float(verdict[column]) for verdict in accepted) / len(accepted)
+        return sum(float(getattr(verdict, column)) for verdict in accepted) / len(accepted)
     loud = "WARNING: over half was rejected; " if len(verdicts) > 2 * len(accepted) else ""
     rejected, left_out = len(verdicts) - len(accepted), sum(wanted.values()) - len(accepted)
     print(f"{loud}{out}: {len(accepted)} images of {len(wanted)} people; by the recogniser that taught them, cosine "
@@ -181,14 +179,15 @@ def finish(out, names, wanted, poses, size):
 
 def main():
     args = parser.parse_args()
-    if min(args.per_id, args.batch) < 1 or args.steps < 3:
-        fail("--per-id, --batch and --steps: expected 1, 1 and 3 or more; fewer steps end in a blur")
+    if args.steps < 3:
+        fail(f"--steps {args.steps}: expected 3 or more; fewer end in a blur")
     dit, poses, backbone, prototypes, fr = load(args)
     W, n = prototypes.to_draw(), len(prototypes.real)
     names = [*fr["names"], *(f"v{i:06d}" for i in range(len(W) - n))]
 
     out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
-    settings = vars(args) | dict(out="", batch="", dit_sha256=digest(args.dit), fr_sha256=digest(args.fr))
+    # A set may be moved, or continued with another --batch.
+    settings = vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=digest(args.fr))
     if (out / "run.json").is_file():
         with reading(out / "run.json", "the settings of a set"):
             before = json.loads((out / "run.json").read_text())
@@ -220,19 +219,19 @@ def main():
             again = []
             for job, verdict, image in zip(jobs, judged, images.cpu()):
                 verdicts.setdefault(job.row, []).append(verdict)
-                leak = verdict["verdict"] == "leak"
+                leak = verdict.verdict == "leak"
                 if leak and job.attempt + 1 < ATTEMPTS:
                     again.append(job._replace(attempt=job.attempt + 1))
                     continue
                 progress.update()
                 left[job.row] -= 1
                 if not leak:
-                    pictures.setdefault(job.row, {})[verdict["file"]] = image
+                    pictures.setdefault(job.row, {})[verdict.file] = image
                 if not left[job.row]:
                     person = pictures.pop(job.row, {}), verdicts.pop(job.row)
                     writing.append(pool.submit(write_person, out, job.name, *person))
             while len(writing) > 64:
-                writing.popleft().result()                      # ends the program if it could not be written
+                writing.popleft().result()                      # raises what went wrong; bounds memory
         for written in writing:
             written.result()
     if all(map(complete, wanted)):

@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                                 # before the scripts look for a GPU
 sys.path.insert(0, str(Path(__file__).parent / "docs"))
@@ -35,7 +36,7 @@ import fr_train
 import model
 import sample
 
-HERE, CPU = Path(__file__).parent, torch.device("cpu")
+HERE = Path(__file__).parent
 THREADS = torch.get_num_threads()
 
 
@@ -80,7 +81,6 @@ def test_published_weights_are_loaded_key_by_key(tmp_path, capsys, units, se, co
     assert state[f"body.{units[0]}.shortcut_layer.0.weight"].shape == (128, 64, 1, 1)
     gate = state.get(f"body.{sum(units) - 1}.res_layer.se_block.fc1.weight", torch.empty(0))
     assert gate.shape == ((32, 512, 1, 1) if se else (0,))
-    assert "body.0.shortcut_layer.0.weight" not in state and "output_layer.4.weight" not in state
     state = {f"model.{name}": tensor for name, tensor in state.items()} | {"head.kernel": torch.zeros(512, 9)}
     torch.save({"state_dict": state, "callbacks": {Path: Path("the trainer's")}}, tmp_path / "a.ckpt")
     rgb, bgr = (model.load_recogniser(tmp_path / "a.ckpt", bgr)[0] for bgr in (False, True))
@@ -237,29 +237,21 @@ def test_a_fresh_dit_draws_grey_and_its_parts_are_what_they_say():
     assert image.mean() < 0.05                                              # eyes red, nose green, mouth blue
 
 
-class Oracle(torch.nn.Module):
-    """A DiT that knows the only image there is: its velocity is exact, whoever is asked for."""
-
-    def __init__(self, x):
-        super().__init__()
-        self.x, self.seen = x, []
-
-    def forward(self, x_t, t, w, landmarks):
-        self.seen.append(w)
-        a, s = model.signal_noise(t)
-        return (a * x_t - self.x) / s                                         # x0 = a x_t - s v, solved for v
-
-
 def test_losses_of_a_perfect_dit_and_of_one_that_draws_somebody_else():
-    x = torch.rand(2000, 3, 4, 4) * 2 - 1
+    x, seen = torch.rand(2000, 3, 4, 4) * 2 - 1, []
+
+    def oracle(x, x_t, t, w, landmarks):            # knows the only image there is, whoever is asked for
+        seen.append(w)
+        a, s = model.signal_noise(t)
+        return (a * x_t - x) / s                                              # x0 = a x_t - s v, solved for v
     backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 16, bias=False))
     w = F.normalize(torch.randn(2000, 16))
-    v_loss, identity_loss = model.dit_loss(oracle := Oracle(x), backbone, x, w, None)
+    v_loss, identity_loss = model.dit_loss(partial(oracle, x), backbone, x, w, None)
     assert v_loss < 1e-6 and identity_loss < 1e-6                   # whatever w is: towards the picture itself
-    assert 0.07 < (oracle.seen[0] == 0).all(1).float().mean() < 0.13
-    kept = (oracle.seen[0] != 0).any(1)
-    assert torch.equal(oracle.seen[0][kept], w[kept])
-    _, opposite = model.dit_loss(Oracle(-x), backbone, x, w, None)          # 4 times a^2
+    assert 0.07 < (seen[0] == 0).all(1).float().mean() < 0.13
+    kept = (seen[0] != 0).any(1)
+    assert torch.equal(seen[0][kept], w[kept])
+    _, opposite = model.dit_loss(partial(oracle, -x), backbone, x, w, None)          # 4 times a^2
     assert 1.8 < opposite < 2.2                                     # t is symmetric about 1/2: mean a^2 = 1/2
 
 
@@ -335,14 +327,13 @@ def test_landmarks_of_toy_faces_lie_on_their_features():
 
 
 def stored(image, kind="PNG", **options):
-    """An encoded image, an open file, of a tensor or a PIL image."""
-    image = to_pil_image(image) if torch.is_tensor(image) else image
+    """A PIL image encoded, as an open file."""
     image.save(buffer := io.BytesIO(), kind, **options)
     return buffer
 
 
 def jpeg(image, **options):
-    return stored(image, "JPEG", **options).getvalue()
+    return stored(to_pil_image(image), "JPEG", **options).getvalue()
 
 
 MAGIC = struct.pack("<I", 0xced7230a)
@@ -376,7 +367,7 @@ def test_folders_and_records_unite_by_identity_name(tmp_path):
     assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6]
     assert torch.allclose(faces.landmarks[:6], points, atol=1e-3) and faces.landmarks[6:].isnan().all()
     assert faces.path(3) == f"{tmp_path}/a/person 1/1.png"
-    images = torch.stack([*images, *(data.read_image(io.BytesIO(file)) for file in files)])
+    images = torch.stack([*images, *(pil_to_tensor(data.open_image(io.BytesIO(file))) for file in files)])
     assert torch.equal(torch.from_numpy(faces.images)[[*range(6), *range(10, 16)]], images)
 
 
@@ -388,14 +379,13 @@ def test_for_an_unreadable_image_the_next_one_stands_in(tmp_path, monkeypatch, c
     (tmp_path / "a/landmarks.csv").write_text("\n".join(row for row in rows if "0/9.png" not in row))
     monkeypatch.setattr(data, "load_detector", lambda *_: None)
     monkeypatch.setattr(data, "crop_landmarks", lambda _, images: torch.full((len(images), 5, 2), torch.nan))
-    batches = lambda faces: [what for what in data.batches(faces, 40, 0, 0, 6)]
     seen, sent, to = [], [], torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda *given, **how: sent.append(how) or to(*given, **how))
     for memory in (3e9, 0):
         faces = data.Faces([tmp_path / "a"], memory=memory)
         data.complete_landmarks(faces, tmp_path / "run", None)
         assert (faces.images is None) == (memory == 0) and not faces.landmarks.isnan().any()
-        seen.append([torch.stack(part) for part in zip(*batches(faces))])       # two epochs
+        seen.append([torch.stack(part) for part in zip(*data.batches(faces, 40, 0, 0, 6))])     # two epochs
     assert all(torch.equal(in_memory, lazy) for in_memory, lazy in zip(*seen, strict=True))
     assert sum("non_blocking" in how for how in sent) == 2 * 6 * 3          # a step waits for no copy
     x, labels, landmarks = (part[:3].flatten(0, 1) for part in seen[0])         # one epoch
@@ -464,24 +454,17 @@ def test_benchmark_round_trip(tmp_path):
 PNG = jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))
 
 
-class Call:
-    """Asks for a call when it is unpickled."""
-    def __init__(self, *call):
-        self.call = call
-
+class Pointers:
+    """Unpickled, an array of objects at addresses of somebody's choice."""
     def __reduce__(self):
-        return self.call[0], self.call[1:]
-
-
-POINTERS = Call(np.ndarray, (10,), "O", b"A" * 80)                      # objects at addresses of somebody's choice
+        return np.ndarray, ((10,), "O", b"A" * 80)
 
 
 @pytest.mark.parametrize("content", [
-    pickle.dumps(([PNG] * 20, POINTERS)), pickle.dumps(([POINTERS] * 20, [True, False] * 5)),
+    pickle.dumps(([PNG] * 20, Pointers())), pickle.dumps(([Pointers()] * 20, [True, False] * 5)),
     pickle.dumps(([PNG] * 21, [True, False] * 5)), pickle.dumps(([PNG] * 20, [True, False] * 5))[:-40],
     pickle.dumps(([PNG] * 20, [True] * 10)), pickle.dumps(([PNG[:30]] * 20, [True, False] * 5)),
-    pickle.dumps(([], [])), pickle.dumps(7), b"", b"cos\nsystem\n(S'touch owned'\ntR."],
-    ids=["pointers as labels", "pointers as images", "odd", "cut", "all same", "broken", "empty", "int", "no", "hostile"])
+    pickle.dumps(([], [])), pickle.dumps(7), b"", b"cos\nsystem\n(S'touch owned'\ntR."])
 def test_a_malformed_benchmark_is_one_clear_line_and_runs_nothing(tmp_path, monkeypatch, capsys, content):
     monkeypatch.chdir(tmp_path)
     Path("x.bin").write_bytes(content)
@@ -558,7 +541,7 @@ def test_photographs_become_aligned_crops(tmp_path, monkeypatch):
     (photos / "ann/broken.jpg").write_bytes(b"no picture")
     (photos / "ann/notes.txt").write_bytes(b"no picture")
     align.align(photos, out, None)
-    crops = {path.name: data.read_image(path).float() for path in sorted((out / "ann").iterdir())}
+    crops = {path.name: pil_to_tensor(data.open_image(path)).float() for path in sorted((out / "ann").iterdir())}
     assert [*crops] == ["huge.png.jpg", "turned.jpg", "two.png.jpg"]
     for name, crop in crops.items():
         assert crop.shape == (3, 112, 112) and crop[0].mean() > 225 and crop[2, 8:-8, 8:-8].mean() < 40, name
@@ -566,7 +549,7 @@ def test_photographs_become_aligned_crops(tmp_path, monkeypatch):
     assert 150 < crops["two.png.jpg"][1, :, :50].mean() < 180               # the larger one: 300 // 4 + 90
     rejected = dict(csv.reader((out / "rejected.csv").open()))
     assert rejected.pop("ann/broken.jpg").startswith("unreadable")
-    assert "by its name" in rejected.pop("ann/notes.txt")                       # every file has a row somewhere
+    assert "suffix" in rejected.pop("ann/notes.txt")                       # every file has a row somewhere
     assert rejected == {"file": "reason", "ann/none.png": "no face", "ann/small.png": "no face of 40 pixels"}
     assert torch.allclose(data.Faces([out]).landmarks, data.TEMPLATE.expand(3, 5, 2), atol=1e-3)
     before = contents(out)
@@ -639,7 +622,7 @@ def test_a_judge_names_copies_even_if_it_has_collapsed(spread):
     planted = face_set(torch.cat([strange, real.f[[17, 4]]]), torch.arange(100))
     planted.thumbs[98] = real.thumbs[17].view(16, 16).flip(1).flatten()         # mirrored
     found = evaluate.resemblance(planted, real)
-    row = evaluate.judge(planted, found, thresholds, model.Prototypes(40, 0, 64))
+    row = evaluate.report_row(planted, found, thresholds, model.Prototypes(40, 0, 64))
     assert row["leakage"]["verdict"] == "leaks" and row["leakage"]["copies"] == 1
     rows = [row for row in evaluate.offenders(planted, found, thresholds, real) if row[0] in ("98.jpg", "99.jpg")]
     assert ["98.jpg", "image", "1.0000", "p3", "17.jpg"] in rows and "4.jpg" in rows[-2]
@@ -647,7 +630,6 @@ def test_a_judge_names_copies_even_if_it_has_collapsed(spread):
 
 
 def test_one_real_person_in_a_hundred_identities_leaks():
-    """Most of whose pictures are over the threshold to one person: a few pictures of many would not be."""
     labels, person = torch.arange(100).repeat_interleave(20), torch.randint(50, (2000,))
     cosine = torch.zeros(2000)
     cosine[:11], person[:11] = 0.9, 7                                           # 11 of 20 of identity 0
@@ -672,15 +654,14 @@ def pipeline(tmp_path_factory):
     for name in ("one", "other"):                               # strangers who look the same: thresholds of 1
         (cwd / "twins" / name).mkdir(parents=True)
         (cwd / "twins" / name / "0.png").write_bytes(PNG)
-    generator = torch.Generator().manual_seed(0)
-    data.write_bin(cwd / "faces/held.bin", people(20, 4)[0].view(20, 4, 3, 32, 32), 300, generator)
+    data.write_bin(cwd / "faces/held.bin", people(20, 4)[0].view(20, 4, 3, 32, 32), 300, torch.Generator())
     alone = "--data runs/virtual --virtual 0 --batch 8 --epochs 1 --out runs/fr-virtual".split()
     for name, *arguments in (("fr_train.py", *FR), ("dit_train.py", *DIT), ("sample.py", *SAMPLE),
                              ("fr_train.py", *alone), ("evaluate.py",)):
         command = [sys.executable, HERE / name, *map(str, arguments)]
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        printed[name] = done.stdout + done.stderr
+        done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+        printed[name] = done.stdout
     return cwd, printed
 
 
@@ -703,10 +684,8 @@ def test_pipeline_leaves_what_the_readme_says(pipeline):
     assert {*names} >= {"grid.jpg", "landmarks.csv", "manifest.csv", "run.json"}
     assert [name for name in names if "/" in name and name.endswith("jpg")] == pictures
     tensors, meta = model.load_model(cwd / "runs/dit", "dit")           # nobody's embedding, thumbnail or name
-    assert {name.split(".")[0] for name in tensors} == {"dit", "poses"} and not meta["names"]
-    assert [name for name in tensors if "poses" in name] == ["poses.landmarks"]
-    rows = list(csv.DictReader((virtual / "manifest.csv").open()))
-    rows = [row for row in rows if row["verdict"] == "accepted"]
+    assert [name for name in tensors if not name.startswith("dit.")] == ["poses.landmarks"] and not meta["names"]
+    rows = [row for row in csv.DictReader((virtual / "manifest.csv").open()) if row["verdict"] == "accepted"]
     assert [row["file"] for row in rows] == pictures
     poses, drawn = [int(row["landmarks_from"]) for row in rows], data.Faces([virtual])
     assert drawn.size == 32 and len({*poses}) > 10              # of any training faces
@@ -718,7 +697,7 @@ def test_pipeline_leaves_what_the_readme_says(pipeline):
     row = report["datasets"]["runs/virtual"]
     assert set(row) >= {"consistency", "separability", "diversity"} and row["images"] == 15
     assert row["leakage"]["verdict"] in ("clean", "leaks") and "images_over" in row["leakage"]
-    assert {"closest.jpg"} == {path.name for path in (cwd / "runs/report").rglob("*.*g")}
+    assert "closest.jpg" in {path.name for path in (cwd / "runs/report").rglob("*")}
     assert "CPLFW" in printed["evaluate.py"].split("bsent")[1]
 
 
@@ -772,8 +751,8 @@ def test_one_planted_copy_in_a_hundred_images_is_caught(copied):
         (copied / row["file"]).unlink(missing_ok=True)  # without them the set is clean
     assert not audit(code=0)
     original = sorted((copied / "faces").glob("*/*.png"))[5]
-    image = data.read_image(original)
-    encoded = data.read_image(io.BytesIO(jpeg(image, quality=80)))
+    image = pil_to_tensor(data.open_image(original))
+    encoded = pil_to_tensor(data.open_image(io.BytesIO(jpeg(image, quality=80))))
     for copy in (image, image.flip(2), image[[2, 0, 1]], encoded):
         to_pil_image(copy).save(copied / "set/person 0/copy.png")
         row, = [row for row in audit(code=3) if row["test"] == "copy"]
@@ -797,9 +776,9 @@ def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pi
         jobs = [sample.Job(row, "somebody", 0, 0, 0) for row in rows]
         return sample.judge(backbone, prototypes, W, real, thresholds, jobs, images)
     for verdict in verdicts([24] * 3):                                                  # as of a virtual person
-        assert verdict["verdict"] == "leak" and float(verdict["cos_nearest_image"]) > 0.999
+        assert verdict.verdict == "leak" and float(verdict.cos_nearest_image) > 0.999
     for verdict in verdicts(faces.labels[[0, 5, 9]].tolist()):
-        assert float(verdict["cos_nearest_image"]) < 0.999
+        assert float(verdict.cos_nearest_image) < 0.999
 
 
 def sampled(pipeline, where, *arguments, line=2.0, **options):
@@ -913,11 +892,10 @@ def test_a_checkpoint_with_absurd_metadata_or_cut_short_is_refused(copied, capsy
                    {"config": {"size": 32, "units": [10 ** 9]}}, {"names": 3}, {"stage": None}):
         save_file(tensors, fr, {"vigface": json.dumps(meta | absurd)})
         stops(capsys, model.load_recogniser, fr.parent)
-    for path, read, *arguments in ((fr, model.load_recogniser, fr.parent),
-                                   (state, model.resume, state, {}, {"backbone": None})):
+    for path, read, *given in ((fr, model.load_recogniser, fr.parent), (state, model.resume, state, {}, {})):
         for tenth in (9, 5, 1, 0):
             os.truncate(path, path.stat().st_size * tenth // 10)
-            stops(capsys, read, *arguments)
+            stops(capsys, read, *given)
 
 
 def damage(root, change, last=4):
@@ -947,7 +925,7 @@ BAD_INPUT = {
     "two benchmarks of one name": (None, "evaluate.py --pairs faces/held.bin runs/held.bin", "of each name"),
     "one real person": ((1, 4), "evaluate.py --fr runs/fr --real set", "two people or more"),
     "two solver steps": (None, "sample.py --steps 2", "3 or more"),
-    "minus one epoch": ((2, 2), "fr_train.py --data set --epochs -1", "2 or more"),
+    "minus one epoch": ((2, 2), "fr_train.py --data set --epochs -1", "1 or more"),
     "unfinished set": (lambda root: [folder(root, 2, 2), (root / "run.json").touch()],
                        "fr_train.py --data set", "set: sample.py has not finished it"),
     "no set to judge": (None, "evaluate.py --datasets --strict", "no set to judge"),

@@ -1,13 +1,12 @@
 """Cuts faces out of photographs: python docs/align.py photos/ --out faces/ [--weights PATH]
 
 RetinaFace finds the largest face of every photos/identity/photo.jpg. The crop, 112 x 112 pixels on the
-ArcFace template, goes to faces/identity/photo.jpg (photo.png.jpg for photo.png), its landmarks to faces/landmarks.csv. Every file of
-photos/ that could not be used has a row in faces/rejected.csv, with the reason. Further photographs may be
-added to the same folder.
+ArcFace template, goes to faces/identity/photo.jpg (photo.png.jpg for photo.png), its landmarks to
+faces/landmarks.csv. Every file of photos/ that could not be used has a row in faces/rejected.csv, with the
+reason. The same command cuts photographs that were added to photos/ later.
 """
 import argparse
 import io
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import (SUFFIXES, TEMPLATE, crop_landmarks, detect_faces, load_detector, move, open_image,
+from data import (SUFFIXES, TEMPLATE, crop_landmarks, detect_faces, list_files, load_detector, move, open_image,
                   processors, read_csv, similarity, write_csv, write_landmarks)
 from model import DEVICE, fail, reading, replacing, run, system_failed
 
@@ -69,18 +68,18 @@ def read_rows(path, kind, columns):
 
 
 def align(photos, out, detector):
-    """Cuts each photograph without a row in landmarks.csv; returns how many crops and rejected files exist."""
+    """Cuts each photograph without a row in landmarks.csv; returns the number of all crops, and of files rejected now."""
     photos, out = Path(photos), Path(out)
-    names = {Path(folder, file).relative_to(photos).as_posix()
-             for folder, _, files in os.walk(photos, followlinks=True) for file in files if file[0] != "."}
+    if photos.resolve() in (out.resolve(), *out.resolve().parents):
+        fail(f"--out {out}: lies in the photographs, and its crops would become photographs; name another folder")
+    names = {*list_files(photos)}
     if not names:
-        fail(f"{photos}: no such folder, or no files in it")
-    if out.resolve() == photos.resolve():
-        fail(f"--out {out}: these are the photographs, and crops would replace them; name another folder")
+        fail(f"{photos}: no files in it")
     crops = read_rows(out / "landmarks.csv", float, 10)         # {crop: ten numbers}
     rejected = {}
 
     def cut(name):
+        # photo.png becomes photo.png.jpg; so photo.png.jpg becomes photo.png.jpg.jpg where both are there
         same_name = name.endswith(".jpg") and name.removesuffix(".jpg") not in names
         crop_name = name if same_name else f"{name}.jpg"
         if crop_name in crops and (out / crop_name).is_file():
@@ -89,7 +88,7 @@ def align(photos, out, detector):
             if "/" not in name:
                 raise ValueError("not in the folder of an identity")
             if Path(name).suffix.lower() not in SUFFIXES:
-                raise ValueError("by its name no picture that is read")
+                raise ValueError("its suffix is not that of an image")
             image = open_image(photos / name)
             crop, landmarks = crop_face(image, largest_face(detector, image), SIZE)
             if not upright(detector, crop):

@@ -101,7 +101,7 @@ def kill(stage, line, length):
             hit += 1
         process.communicate()
         for path in (root / "cut").rglob("*.jpg"):                              # never half a picture
-            data.read_image(path)
+            data.open_image(path)
     check(f"{stage}: killed {hit} times, a life of {length:.0f} s; {ended} ends as if never killed",
           not differ, sorted(differ)[:3] if differ else "")
 
