@@ -11,13 +11,13 @@ picture.
 import argparse
 import json
 from collections import namedtuple
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from data import Faces, named_benchmarks, read_benchmark, write_csv
 from model import DEVICE, class_sums, embed, fail, load_recogniser, nearest, replacing, run
@@ -223,12 +223,9 @@ def verify(recognisers, benchmarks):
         return {}, ""
     models = {folder: {} for folder in recognisers}
     for name in sorted(benchmarks, key=[*FIELD, *benchmarks].index):
-        by_size = {}                                                    # read once for all recognisers
+        read = lru_cache(partial(read_benchmark, benchmarks[name]))     # once for recognisers of one size
         for folder, (backbone, _, _) in recognisers.items():
-            size = backbone.config["size"]
-            if size not in by_size:
-                by_size[size] = read_benchmark(benchmarks[name], size)
-            images, same = by_size[size]
+            images, same = read(backbone.config["size"])
             models[folder][name] = verification(pair_distances(backbone, images), same)
 
     # The average is of the field's five alone, so that it compares; of all if none of these is there.

@@ -632,7 +632,7 @@ def replacing(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                # a full disk, as Python and PyTorch report it
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error}); free space or choose another --out") from error
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def save_model(folder, stage, config, tensors, **meta):
