@@ -84,7 +84,8 @@ def to_uint8(images):
 def autocast():
     """bf16 autocast where bf16 is fast: on GPUs since Ampere and CPUs with AVX512-BF16 or AMX."""
     if DEVICE.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported(including_emulation=False))
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast("cuda", torch.bfloat16, enabled=native)
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 

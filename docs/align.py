@@ -68,7 +68,9 @@ def read_rows(path, kind, columns):
 
 
 def align(photos, out, detector):
-    """Cuts each photograph without a row in landmarks.csv; returns the number of all crops, and of files rejected now."""
+    """Cuts each photograph without a row in landmarks.csv; returns the numbers of all crops and of files that
+    were rejected now.
+    """
     photos, out = Path(photos), Path(out)
     if photos.resolve() in (out.resolve(), *out.resolve().parents):
         fail(f"--out {out}: lies in the photographs, and its crops would become photographs; name another folder")
