@@ -6,12 +6,11 @@
 
 The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.md (the tables it prints),
 OUT/leaks.csv (every image that comes too close to a real person, and to whom) and the nearest pairs as a
-picture.
+picture. fr_train.py tests with `verification`, and sample.py judges its pictures with `resemblance`.
 """
 import argparse
 import json
 from collections import namedtuple
-from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torchvision.utils import save_image
 
 from data import Faces, named_benchmarks, read_benchmark, write_csv
-from model import DEVICE, class_sums, embed, fail, load_recogniser, nearest, replacing, run
+from model import DEVICE, class_sums, embed, fail, load_recogniser, replacing, run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -60,6 +59,25 @@ def verification(distance, same, folds=10):
 
 # ------------------------------------------------------------------------------- quality and leakage of a set
 
+def nearest(queries, targets, labels=None, target_labels=None):
+    """Cosine to, and index of, the nearest unit target (K, D) for each unit query (M, D): (M,) each.
+
+    Where labels (M,) are given, targets of the same label do not count; target j has the label j by default.
+    """
+    if labels is None:
+        labels = queries.new_full((len(queries),), -1)                  # nobody's
+    if target_labels is None:
+        target_labels = torch.arange(len(targets), device=targets.device)
+
+    found = []
+    bound = 2 ** 30 if queries.is_cuda else 2 ** 26                     # of the cosines held at once
+    chunk = max(1, bound // len(targets))
+    for f, label in zip(queries.split(chunk), labels.split(chunk)):
+        cosines = (f @ targets.mT).float()
+        found.append(cosines.masked_fill_(label[:, None] == target_labels, -2).max(1))
+    return tuple(map(torch.cat, zip(*found)))
+
+
 # A set of M images as a judge sees it: f, unit embeddings (M, D); labels (M,); thumbs (M, 256), see
 # `thumbnails`; quality, CR-FIQA scores (M,); faces, a `Faces`; index (M,), which of `faces` an image is.
 FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=(None, None, None, None))
@@ -76,9 +94,9 @@ def embed_faces(backbone, prototypes, faces):
     kind = torch.half if DEVICE.type == "cuda" else torch.float
     columns = []
     for images, i in faces.scan(torch.arange(len(faces)), "embedding"):
-        f = embed(backbone, images, unit=False) / 2             # the mean with the mirrored image
+        f = embed(backbone, images, unit=False) / 2             # of the length that the quality head knows
         columns.append((F.normalize(f).to(kind), thumbnails(images.to(DEVICE)).to(kind),
-                        prototypes.quality(f)[:, 0], i))
+                        prototypes.certainty(f)[:, 0], i))
     f, thumbs, quality, i = (torch.cat(column) for column in zip(*columns))
     return FaceSet(f, faces.labels[i].to(DEVICE), thumbs, quality, faces, i)
 
@@ -89,13 +107,20 @@ def quantile(values, q):
 
 
 def consistency_separability(f, labels):
-    """C, mean cosine of two images of a class (None if no class has two); S, mean cosine distance of two centres.
+    """C, mean cosine of two images of a class, None if no class has two; S, mean cosine distance of two centres.
+
+    The m unit vectors of a set have the sum s: s^2 = m + sum of f_i f_j over i != j. So the mean cosine of two
+    of them is (s^2 - m) / (m (m - 1)).
     """
+    def mean_cosine(sum_of, m):
+        return (sum_of.square().sum(-1) - m) / (m * (m - 1))
+
     total, count = class_sums(f, labels)
     total, count = total[count > 0], count[count > 0]           # no image of a person may be readable
-    within = ((total.square().sum(1) - count) / (count * (count - 1)))[count > 1]       # f_i f_j over i != j
-    between = (F.normalize(total).sum(0).square().sum() - len(count)) / max(1, len(count) * (len(count) - 1))
-    return within.mean().item() if len(within) else None, 1 - between.item()
+    several = count > 1
+    within = mean_cosine(total[several], count[several])
+    between = mean_cosine(F.normalize(total).sum(0), len(count)) if len(count) > 1 else torch.zeros(())
+    return within.mean().item() if several.any() else None, 1 - between.item()
 
 
 def diversity(quality, labels):
@@ -205,45 +230,65 @@ def draw_closest(path, data, found, real):
 
 # ----------------------------------------------------------------------------------------------------- report
 
+def verify(recognisers, benchmarks):
+    """{recogniser: {benchmark: accuracy and its standard deviation}}, on benchmarks {name: path}."""
+    models = {folder: {} for folder in recognisers}
+    for name, path in benchmarks.items():
+        read = {}                                               # by image size, in which recognisers may differ
+        for folder, (backbone, _, _) in recognisers.items():
+            size = backbone.config["size"]
+            if size not in read:
+                read[size] = read_benchmark(path, size)
+            images, same = read[size]
+            models[folder][name] = verification(pair_distances(backbone, images), same)
+    return models
+
+
 def table(title, rows):
     """A title and {row: {column: value}} as a Markdown table; None is a dash, nested values are left out."""
-    def text(value):
-        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
     columns = [name for name, value in next(iter(rows.values())).items() if not isinstance(value, dict)]
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(text(row[column]) for column in columns)] for name, row in rows.items()]
+    for name, row in rows.items():
+        lines.append([name])
+        for value in map(row.get, columns):
+            if value is None:
+                value = "-"
+            elif isinstance(value, float):
+                value = f"{value:.3g}"
+            lines[-1].append(str(value))
     body = ["| " + " | ".join(f"{cell:>13}" for cell in line) + " |" for line in lines]
     return "\n".join([title, "", *body, "\n"])
 
 
-def verify(recognisers, benchmarks):
-    """Verification on benchmarks {name: path}: rows of report.json, and text, in the field's order."""
-    if not benchmarks:
-        return {}, ""
-    models = {folder: {} for folder in recognisers}
-    for name in sorted(benchmarks, key=[*FIELD, *benchmarks].index):
-        read = lru_cache(partial(read_benchmark, benchmarks[name]))     # once for recognisers of one size
-        for folder, (backbone, _, _) in recognisers.items():
-            images, same = read(backbone.config["size"])
-            models[folder][name] = verification(pair_distances(backbone, images), same)
+def describe(report):
+    """The report as Markdown tables."""
+    text = ""
+    if counted := report["average_of"]:
+        rows = {}
+        for folder, scores in report["models"].items():
+            rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
+                            for name, score in scores.items() if name != "average"}
+            rows[folder]["average"] = f"{100 * scores['average']:.2f}"
+        absent = [title for name, title in FIELD.items() if name not in counted]
+        title = "Accuracy: mean ± standard deviation over folds, percent"
+        text += table(f"{title}; average of {', '.join(counted)}; absent: {', '.join(absent) or 'none'}", rows)
 
-    # The average is of the field's five alone, so that it compares; of all if none of these is there.
-    counted = [name for name in FIELD if name in benchmarks] or [*benchmarks]
-    rows = {}
-    for folder, scores in models.items():
-        rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
-                        for name, score in scores.items()}
-        average = float(np.mean([scores[name]["accuracy"] for name in counted]))
-        scores["average"] = average
-        rows[folder]["average"] = f"{100 * average:.2f}"
-    absent = ", ".join(title for name, title in FIELD.items() if name not in benchmarks) or "none"
-    title = f"Accuracy: mean ± standard deviation over folds, percent; average of {', '.join(counted)}"
-    return models, table(f"{title}; absent: {absent}", rows)
+    if report["datasets"]:
+        rows = report["datasets"] | {"the real faces": report["real"]}
+        text += table(f"Quality of datasets, judged by {report['judge']}", rows)
+        title = f"Leakage: images and identities over the thresholds, copies; cap {report['cap']:.3f}"
+        leakage = report["real"]["leakage"]
+        if report["cap"] in (leakage["threshold"], leakage["image_threshold"]):
+            title += "; the CAP APPLIES: the judge is weak, or people are labelled wrongly"
+        text += table(title, {name: row["leakage"] for name, row in rows.items()})
+    return text
 
 
 def main():
     args = parser.parse_args()
+    out = Path(args.out)
+
+    # Who judges what, by which real faces.
     folders = args.fr or sorted(path.parent.as_posix() for path in Path("runs").glob("fr*/model.safetensors"))
     if not folders:
         fail("runs/: no recogniser in it; train one, or name it with --fr")
@@ -261,13 +306,20 @@ def main():
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
 
-    models, text = verify(recognisers, benchmarks)
-    report = {"judge": folders[0], "models": models, "datasets": {}}
-    leaks, out = [], Path(args.out)
+    # Accuracy. The average is of the field's five alone, so that it compares; of all if none of these is there.
+    of_field = {name: benchmarks[name] for name in FIELD if name in benchmarks}
+    report = {"judge": folders[0], "average_of": [*(of_field or benchmarks)], "datasets": {}}
+    report["models"] = verify(recognisers, of_field | benchmarks)           # in the field's order
+    for scores in report["models"].values():
+        if benchmarks:
+            scores["average"] = float(np.mean([scores[name]["accuracy"] for name in report["average_of"]]))
+
+    # Quality and leakage.
+    leaks = []
     if datasets:
         real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]))
         strangers = resemblance(real, real, real.labels)
-        thresholds, cap = thresholds_of(real, strangers)
+        thresholds, report["cap"] = thresholds_of(real, strangers)
         for number, name in enumerate(datasets, 1):
             data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"]))
             found = resemblance(data, real)
@@ -277,18 +329,13 @@ def main():
         report["real"] = report_row(real, strangers, thresholds, prototypes)
         report["real"]["leakage"]["verdict"] = "baseline"
 
-        rows = report["datasets"] | {"the real faces": report["real"]}
-        text += table(f"Quality of datasets, judged by {folders[0]}", rows)
-        title = f"Leakage: images and identities over the thresholds, copies; cap {cap:.3f}"
-        if cap in thresholds.values():
-            title += "; the CAP APPLIES: the judge is weak, or people are labelled wrongly"
-        text += table(title, {name: row["leakage"] for name, row in rows.items()})
-
+    text = describe(report)
+    print(text)
     write_csv(out / "leaks.csv", ["dataset", "file", "test", "similarity", "person", "image"], leaks)
     for name, content in (("report.json", json.dumps(report, indent=1)), ("report.md", text)):
         with replacing(out / name) as temporary:
             temporary.write_bytes(content.encode(errors="backslashreplace"))
-    print(f"{text}wrote {out / 'report.json'}, report.md, leaks.csv and pictures")
+    print(f"wrote {out / 'report.json'}, report.md, leaks.csv and pictures")
     if args.strict and any(row["leakage"]["verdict"] == "leaks" for row in report["datasets"].values()):
         raise SystemExit(3)
 

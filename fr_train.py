@@ -1,10 +1,11 @@
 """Stage 1: trains a face recogniser that keeps room for people who do not exist.
 
-    python fr_train.py                                      # the demo: toy faces painted by data.py
+    python fr_train.py                                      # the demo: toy faces, painted into runs/demo
     python fr_train.py --data casia/                        # identity/image.jpg or train.rec, aligned
     python fr_train.py --data runs/virtual --virtual 0 --out runs/fr-virtual        # virtual people alone
 
 Writes OUT/model.safetensors, and OUT/state.pt, from which the same command continues a run that was killed.
+OUT/log.txt keeps what is printed.
 """
 import argparse
 import math
@@ -13,22 +14,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Faces, batches, named_benchmarks, open_source, read_benchmark
-from evaluate import embed_faces, pair_distances, verification
-from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, compiled, fail,
+from data import Faces, batches, demo, named_benchmarks, read_benchmark
+from evaluate import pair_distances, verification
+from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, compiled, embed, fail, log,
                    person_moment, positive, resume, run, save_model, save_state, stop_unless_finite, vigface_loss,
                    virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
-flag("--data", nargs="+", default=["demo"], metavar="DIR", help="folders, united by identity (default: demo)")
+flag("--data", nargs="+", metavar="DIR", help="folders, united by identity (default: toy faces, runs/demo)")
 flag("--val", nargs="+", metavar="BIN", help="benchmarks (default: the *.bin beside the data)")
 flag("--out", default="runs/fr", metavar="DIR", help="run folder (default: %(default)s)")
 flag("--size", type=int, help="image side in pixels, a multiple of 16 (default: that of the data)")
 flag("--arch", choices=RECOGNISERS, help="network (default: tiny up to 64 pixels, ir_se50 above)")
 flag("--head", choices=MARGINS, default="arcface", help="margin (default: %(default)s)")
 flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as many as real identities)")
-flag("--free", action="store_true", help="virtual prototypes as in the paper, free vectors (default: off)")
+flag("--paper", action="store_true", help="exactly as published: see Prototypes and vigface_loss (default: off)")
 flag("--epochs", type=positive, help="(default: 26 for ir_se50, 6 for others; more if under 1,250 steps)")
 flag("--batch", type=positive, help="images per step (default: 512 for ir_se50, 128 for others)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
@@ -37,7 +38,8 @@ flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 def learning_rate(step, steps, warmup, peak):
     """Rises for `warmup` steps, then falls to a tenth three times, at 46, 77 and 92 % of the run."""
-    return peak * min(1, (step + 1) / warmup) * 0.1 ** sum(step >= x * steps for x in (0.46, 0.77, 0.92))
+    drops = sum(step >= share * steps for share in (0.46, 0.77, 0.92))
+    return peak * min(1, (step + 1) / warmup) * 0.1 ** drops
 
 
 def make_optimizer(parameters):
@@ -50,29 +52,50 @@ def make_optimizer(parameters):
 def augment(x, p=0.2):
     """Mirrors half of the images (B, 3, S, S); in a share p blacks out all but a random box, as AdaFace does."""
     B, _, S, _ = x.shape
-    uniform = lambda low, high: low + (high - low) * torch.rand(B, 1, 1, 1, device=x.device)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(B, 1, 1, 1, device=x.device)
+
     x = torch.where(uniform(0, 1) < 0.5, x, x.flip(3))
 
+    # A box of a share of the image's area, and of a ratio of its sides.
     area, log_ratio = uniform(0.2, 1), uniform(math.log(3 / 4), math.log(4 / 3))
-    sides = torch.stack([area / log_ratio.exp(), area * log_ratio.exp()]).sqrt().clamp(max=1)   # tall, wide
-    start = torch.rand_like(sides) * (1 - sides)                                # top, left
+    height, width = (area / log_ratio.exp()).sqrt(), (area * log_ratio.exp()).sqrt()
     grid = (torch.arange(S, device=x.device) + 0.5) / S
-    rows, columns = (grid > start) & (grid < start + sides)                     # (B, 1, 1, S) each
-    cropped = torch.where(rows.mT & columns, x, -1.0)
+    rows, columns = inside(grid, height.clamp(max=1)), inside(grid, width.clamp(max=1))     # (B, 1, 1, S) each
+    cropped = torch.where(rows.mT & columns, x, -1.0)                                       # -1 is black
     return torch.where(uniform(0, 1) < p, cropped, x)
+
+
+def inside(grid, length):
+    """Which places of `grid` (S,), in [0, 1], lie in intervals of these lengths (B, 1, 1, 1), put by chance."""
+    start = torch.rand_like(length) * (1 - length)
+    return (grid > start) & (grid < start + length)
 
 
 def check(size, n, batch, k):
     """Ends the program if a run of these settings cannot be."""
     if size % 16 or size < 32:
-        fail(f"--size {size}: expected a multiple of 16, 32 or more; name one (docs/align.py crops photographs)")
+        fail(f"--size {size}: expected a multiple of 16, 32 or more; name one (tools/align.py crops photographs)")
     if n < 2 or batch < 2 or k < 0:
         fail(f"expected 2 or more people, --batch of 2 or more, --virtual of 0 or more; found {n}, {batch}, {k}")
 
 
+@torch.no_grad()
+def settle(backbone, prototypes, faces):
+    """Places the virtual prototypes for drawing, once training is done. It takes one pass over the images."""
+    seen = [(embed(backbone, images), faces.labels[i]) for images, i in faces.scan(torch.arange(len(faces)), "settling")]
+    f, labels = map(torch.cat, zip(*seen))
+    prototypes.settle(person_moment(f, labels.to(f.device)))
+
+
 def main():
     args = parser.parse_args()
-    faces, out = Faces(args.data, args.size), Path(args.out)
+    args.data = args.data or [demo()]
+    out = Path(args.out)
+
+    # The faces, and what they decide about the run.
+    faces = Faces(args.data, args.size)
     n, size = len(faces.people), faces.size
     k = n if args.virtual is None else args.virtual
     args.arch = args.arch or ("tiny" if size <= 64 else "ir_se50")
@@ -82,18 +105,19 @@ def main():
     per_epoch = len(faces) // batch
     epochs = args.epochs or max(recipe["epochs"], math.ceil(1250 / per_epoch))
     steps = epochs * per_epoch
-    val = args.val or [path for source in args.data for path in sorted(open_source(source)[0].glob("*.bin"))]
+    val = args.val or [path for source in args.data for path in sorted(Path(source).glob("*.bin"))]
     benchmarks = {name: read_benchmark(path, size) for name, path in named_benchmarks(val).items()}
 
+    # The networks, and the state of a run that was killed.
     torch.manual_seed(args.seed)
     backbone = Recogniser(size=size, **recipe["net"]).to(DEVICE, memory_format=torch.channels_last)
-    prototypes = Prototypes(n, k, backbone.config["dim"], args.free).to(DEVICE)
+    prototypes = Prototypes(n, k, backbone.config["dim"], args.paper).to(DEVICE)
     fast = compiled(backbone, steps * batch)
     optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
-
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
-    settings = vars(args) | dict(size=size, virtual=k, batch=batch, epochs=epochs, images=len(faces), people=n)
-    settings |= dict(out=None, val=None)                        # these may change when a run continues
+    # What must not change when a run continues; --out and --val may.
+    settings = vars(args) | dict(size=size, virtual=k, batch=batch, epochs=epochs, images=len(faces), people=n,
+                                 out=None, val=None)
     first = resume(out / "state.pt", settings, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 
@@ -126,8 +150,7 @@ def main():
             losses.zero_()
             backbone.eval()
             if step + 1 == steps and k:
-                seen = embed_faces(backbone, prototypes, faces)
-                prototypes.settle(person_moment(seen.f.float(), seen.labels))
+                settle(backbone, prototypes, faces)
             weights = {name: modules[name].state_dict() for name in ("backbone", "prototypes")}
             save_model(out, "fr", backbone.config, weights, data=args.data, val=[*map(str, val)],
                        names=[*faces.people], step=step + 1, steps=steps)
@@ -136,7 +159,7 @@ def main():
             line += "loss real {:.3f} virtual {:.3f} quality {:.3f}".format(*means)
             for name, (images, same) in benchmarks.items():
                 line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
-            tqdm.write(line)
+            log(out, line)
             backbone.train()
 
 

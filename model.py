@@ -4,10 +4,10 @@ It follows the paper: the recogniser; prototypes, margin losses and virtual embe
 Diffusion Transformer, diffusion and its solver (stage 2). Saving, loading and resuming come last. A comment
 `paper: ...; here: ... because ...` marks where the code departs from the paper, or had to choose.
 
-Shapes: B batch, S image side in pixels, D embedding width, n real and k virtual identities, M images of a
-set, N tokens, C channels. Networks see RGB images (B, 3, S, S) in [-1, 1]. Landmarks are (B, 5, 2), x
-and y in [0, 1] of the image: left eye, right eye, nose, left and right mouth corner, as the viewer sees left
-and right.
+Shapes: B batch, S image side in pixels, C channels, N tokens, D embedding width, n real and k virtual
+identities, I identities of a set, M its images, P its pairs. Networks see RGB images (B, 3, S, S) in [-1, 1].
+Landmarks are (B, 5, 2), x and y in [0, 1] of the image: left eye, right eye, nose, left and right mouth
+corner, as the viewer sees left and right.
 """
 import argparse
 import contextlib
@@ -29,8 +29,8 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
-RANK = int(os.environ.get("RANK", 0))                       # set by torchrun, as is LOCAL_RANK
-GPU = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())      # ranks may share one
+RANK = int(os.environ.get("RANK") or 0)                     # set by torchrun, as is LOCAL_RANK
+GPU = int(os.environ.get("LOCAL_RANK") or 0) % max(1, torch.cuda.device_count())    # ranks may share one
 DEVICE = torch.device(f"cuda:{GPU}" if torch.cuda.is_available() else "cpu")
 
 torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cuda")     # on CPUs its bf16 backward pass is slow
@@ -55,7 +55,9 @@ def system_failed(error):
     """Whether the system is to blame and not the file: memory is full, the disk fails, no permission."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EINVAL)     # EINVAL: a damaged file
+    number = getattr(error, "errno", None)                  # only errors of the system have one
+    of_the_file = (errno.ENOENT, errno.EINVAL)              # it is not there, or damaged
+    return number is not None and number not in of_the_file
 
 
 @contextlib.contextmanager
@@ -89,21 +91,18 @@ def autocast():
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
-def compiled(module, images):
-    """A second, compiled handle of `module`; `module` itself if it sees few images or no compiler works."""
-    if images < 200_000:                                    # compiling takes a minute or two
+def compiled(module, seen):
+    """A second, compiled handle of a module that sees so many images; the module itself if they are few."""
+    if seen < 200_000:                                      # compiling takes a minute or two
         return module
-    try:
-        torch.compile(torch.sin)(torch.ones(8, device=DEVICE))
-        return torch.compile(module)
-    except Exception as error:
-        print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
-        return module
+    torch._dynamo.config.suppress_errors = True             # where no compiler works: a warning, and slower
+    return torch.compile(module)
 
 
 # -------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings
 
-conv = partial(Conv2dNormActivation, activation_layer=None)             # a convolution and its batch norm
+# A convolution and its batch norm, as a Sequential of two. `*conv(...)` puts these two into a longer one.
+conv = partial(Conv2dNormActivation, activation_layer=None)
 
 
 class SqueezeExcite(nn.Module):
@@ -142,8 +141,7 @@ class ResidualUnit(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """f: images (B, 3, S, S) -> embeddings (B, D). The default is IR-SE50; keys are those of AdaFace's
-    weights.
+    """f: images (B, 3, S, S) -> embeddings (B, D). The default is IR-SE50, with the keys of AdaFace's weights.
 
     Published networks differ in `units`, the residual units of each stage; some lack `se`, the channel gates;
     some were trained on `bgr` images. S must be a multiple of 16.
@@ -210,25 +208,57 @@ def embed(backbone, images, batch=256, unit=True, exact=False):
     return F.normalize(f) if unit else f
 
 
-# ------------------------------------------------------------------ what sets of embeddings say about people
+# -------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
 
-def nearest(queries, targets, labels=None, target_labels=None):
-    """Cosine to, and index of, the nearest unit target (K, D) for each unit query (M, D): (M,) each.
-
-    Where labels (M,) are given, targets of the same label do not count; target j has the label j by default.
+class Prototypes(nn.Module):
+    """n real and k virtual class prototypes in R^D, running statistics of embeddings, and a head for reports.
     """
-    if labels is None:
-        labels = queries.new_full((len(queries),), -1)                  # nobody's
-    if target_labels is None:
-        target_labels = torch.arange(len(targets), device=targets.device)
 
-    found = []
-    bound = 2 ** 30 if queries.is_cuda else 2 ** 26                     # of the cosines held at once
-    chunk = max(1, bound // len(targets))
-    for f, label in zip(queries.split(chunk), labels.split(chunk)):
-        cosines = (f @ targets.mT).float()
-        found.append(cosines.masked_fill_(label[:, None] == target_labels, -2).max(1))
-    return tuple(map(torch.cat, zip(*found)))
+    def __init__(self, n, k, dim, paper=False):
+        super().__init__()
+        self.paper = paper                                              # exactly as published
+        self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
+        self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
+        self.certainty = nn.Linear(dim, 1)                              # scores images: CR-FIQA
+        self.register_buffer("settled", torch.zeros(k, dim))            # the virtual ones, as they are drawn
+        self.register_buffer("sigma2", torch.zeros(dim))                # variance of f - w, for unit f and w
+        self.register_buffer("norm_mean", torch.tensor(20.0))           # of embeddings' norms, for AdaFace,
+        self.register_buffer("norm_std", torch.tensor(100.0))           # which publishes these initial values
+
+    def unit(self):
+        """Unit prototypes as the margin loss sees them: (n + k, D), real ones first.
+
+        paper: virtual prototypes are free vectors; here they are multiplied by M, the second moment of the
+        real ones, because free vectors also point where no face lies. Vectors that spread evenly over all
+        directions spread like M^2 then. That is more one-sided than the real ones, but the loss drives
+        virtual prototypes the other way, to where nobody is (measured: docs/measurements.md, "Where ...").
+        """
+        real, virtual = F.normalize(self.real), F.normalize(self.virtual)
+        if not self.paper:
+            moment = (real.mT @ real).detach()
+            virtual = F.normalize(virtual @ moment)
+        return torch.cat([real, virtual])
+
+    @torch.no_grad()
+    def settle(self, people_moment):
+        """Places the virtual prototypes for drawing, given the `person_moment` (D, D) of real faces.
+
+        paper: they are drawn as trained; here they first get the spread that people have, because the loss
+        has moved it. Whitening makes them spread evenly over all directions; the root of a second moment then
+        makes that their second moment. It is two thirds of the real prototypes' and one third of people's.
+        The first alone holds accidents, because the prototype of somebody with few images is much of these
+        images. With the second alone people are too much alike (measured: docs/measurements.md, "Where ...").
+        """
+        real, virtual = F.normalize(self.real), F.normalize(self.virtual)
+        if not self.paper:
+            whitened = virtual @ power(virtual.mT @ virtual / len(virtual), -0.5)
+            moment = real.mT @ real / len(real) * 2 / 3 + people_moment / 3
+            virtual = F.normalize(whitened @ power(moment, 0.5))
+        self.settled.copy_(virtual)
+
+    def to_draw(self):
+        """Unit prototypes as stages 2 and 3 use them: (n + k, D), real ones first."""
+        return torch.cat([F.normalize(self.real), self.settled])
 
 
 def class_sums(f, labels):
@@ -241,13 +271,13 @@ def class_sums(f, labels):
 
 
 def person_moment(f, labels):
-    """How people differ: the second moment (D, D), of trace 1, of the part of f (M, D) that belongs to the
-    person.
+    """How people differ: the second moment (D, D), of trace 1, of what images of one person share.
 
-    It is the mean of f_i f_j^T over pairs of images of one person, which have only the person in common.
+    It is the mean of f_i f_j^T over pairs i != j of a person's images (M, D). With s the sum of these f, the
+    sum over the pairs is s s^T minus the sum of f_i f_i^T.
     """
     sums, count = class_sums(f, labels)
-    weight = 1 / (count * (count - 1)).clamp(min=1)[:, None]            # pairs of a person add up to 1
+    weight = 1 / (count * (count - 1)).clamp(min=1)[:, None]            # a person's pairs add up to 1
     all_pairs = (sums * weight).mT @ sums
     with_itself = (f * weight[labels]).mT @ f
     # The difference is zero if everybody has one image only. The last term then decides.
@@ -261,62 +291,11 @@ def power(moment, exponent):
     return (vectors * values.clamp(min=1e-6) ** exponent @ vectors.mT).float()
 
 
-# -------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
-
-class Prototypes(nn.Module):
-    """n real and k virtual class prototypes in R^D, running statistics of embeddings, and a quality head."""
-
-    def __init__(self, n, k, dim, free=False):
-        super().__init__()
-        self.free = free
-        self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
-        self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
-        self.quality = nn.Linear(dim, 1)                                # scores images in reports (CR-FIQA)
-        self.register_buffer("drawn", torch.zeros(k, dim))              # what `settle` gives, to be drawn
-        self.register_buffer("sigma2", torch.zeros(dim))                # variance of f - w, for unit f and w
-        self.register_buffer("norm_mean", torch.tensor(20.0))           # of embeddings' norms, for AdaFace,
-        self.register_buffer("norm_std", torch.tensor(100.0))           # which publishes these initial values
-
-    def unit(self):
-        """Unit prototypes as the margin loss sees them: (n + k, D), real ones first.
-
-        paper: virtual prototypes are free vectors; here, unless `free`, they are multiplied by the second
-        moment of the real ones, because free vectors spread over all directions, also over those where no
-        face lies. This exaggerates the spread of the real ones; `settle` puts that right.
-        """
-        real, virtual = F.normalize(self.real), F.normalize(self.virtual)
-        if not self.free:
-            moment = (real.mT @ real).detach()
-            virtual = F.normalize(virtual @ moment)
-        return torch.cat([real, virtual])
-
-    @torch.no_grad()
-    def settle(self, people):
-        """Fixes the virtual prototypes that will be drawn, given the `person_moment` (D, D) of real faces.
-
-        paper: as trained; here, unless `free`, they are whitened, and given two thirds of the moment of real
-        prototypes and one third of the moment of people. The prototype of a person with few images contains
-        the accidents of these images. So with the moment of prototypes alone, some virtual people would look
-        like no person. With the moment of people alone, they would be too much alike. The result is close to
-        the directions of `unit`, which the loss kept clear of real people, but not equal to them.
-        """
-        real, virtual = F.normalize(self.real), F.normalize(self.virtual)
-        if not self.free:
-            whitened = virtual @ power(virtual.mT @ virtual / len(virtual), -0.5)
-            moment = real.mT @ real / len(real) * 2 / 3 + people / 3
-            virtual = F.normalize(whitened @ power(moment, 0.5))
-        self.drawn.copy_(virtual)
-
-    def to_draw(self):
-        """Unit prototypes as stages 2 and 3 use them: (n + k, D), real ones first."""
-        return torch.cat([F.normalize(self.real), self.drawn])
-
-
 def arcface(cos, labels, quality=None, margin=0.5, scale=64.0):
     """ArcFace logits (B, classes): s cos(theta + m) at the label, s cos(theta) elsewhere (ArcFace, eq. 3).
 
-    Where theta + m > pi the cosine would rise again; there it is s (cos(theta) - m sin(m)). `quality` is
-    unused.
+    Where theta + m > pi the cosine would rise again; there it is s (cos(theta) - m sin(m)). `quality` counts
+    in `adaface` only.
     """
     target = cos.gather(1, labels[:, None])                                     # (B, 1)
     sin = (1 - target ** 2).clamp(min=1e-9).sqrt()
@@ -340,8 +319,7 @@ MARGINS = {"arcface": (arcface, 0.5), "adaface": (adaface, 0.4)}
 
 
 def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
-    """AdaFace's image quality (B, 1) in [-1, 1]: the norm of f (B, D) against its averages, which it updates.
-    """
+    """AdaFace's image quality (B, 1) in [-1, 1]: the norm of f (B, D) against its averages, which move."""
     with torch.no_grad():
         norm = f.norm(dim=1, keepdim=True).clamp(1e-3, 100)
         prototypes.norm_mean.lerp_(norm.mean(), t_alpha)
@@ -349,7 +327,7 @@ def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
         return ((norm - prototypes.norm_mean) / (prototypes.norm_std + 1e-3) * h).clamp(-1, 1)
 
 
-def quality_loss(f, cos, labels, prototypes):
+def certainty_loss(f, cos, labels, prototypes):
     """Trains the head that scores images in reports (CR-FIQA), from detached f (B, D); cos is (B, n).
 
     It predicts own cosine / (nearest other cosine + 1 + eps).
@@ -357,7 +335,7 @@ def quality_loss(f, cos, labels, prototypes):
     with torch.no_grad():
         other = cos.scatter(1, labels[:, None], -2).amax(1, keepdim=True)
         target = cos.gather(1, labels[:, None]) / (other + 1 + 1e-9)            # (B, 1)
-    return F.smooth_l1_loss(prototypes.quality(f.detach()), target, beta=0.5)
+    return F.smooth_l1_loss(prototypes.certainty(f.detach()), target, beta=0.5)
 
 
 def virtual_batch_size(step, k, b_real, n):
@@ -365,34 +343,36 @@ def virtual_batch_size(step, k, b_real, n):
     return (step + 1) * k * b_real // n - step * k * b_real // n
 
 
-def around(w, noise, sigma2):
+def around(w, noise, sigma2, paper=False):
     """Virtual embeddings (B, D), of unit length, around prototypes w: w + noise sigma, normalised.
 
     paper: sigma^2 is the mean of (f - w)^2; here it is scaled, because normalising brings w + noise sigma
     back towards w. The cosine to w becomes about 1 / sqrt(1 + sum sigma^2). It should be c, the mean cosine
     of real embeddings to their prototypes.
     """
-    spread = sigma2.sum().clamp(min=1e-9)
-    c = (1 - spread / 2).clamp(min=0.1)                                         # |f - w|^2 = 2 - 2 c
-    wanted = 1 / c ** 2 - 1                                                     # of sum sigma^2
-    sigma = (sigma2 * wanted / spread).sqrt()
-    return F.normalize(w + sigma * noise)
+    if not paper:
+        spread = sigma2.sum().clamp(min=1e-9)
+        c = (1 - spread / 2).clamp(min=0.1)                                     # |f - w|^2 = 2 - 2 c
+        wanted = 1 / c ** 2 - 1                                                 # of sum sigma^2
+        sigma2 = sigma2 * wanted / spread
+    return F.normalize(w + sigma2.sqrt() * noise)
 
 
 def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0):
-    """Losses of real embeddings f (B, D), of b_virtual virtual embeddings, and of the quality head.
+    """Losses of real embeddings f (B, D), of b_virtual virtual embeddings, and of the head for reports.
 
     Virtual embeddings (`around`) train the virtual prototypes only. For real embeddings, virtual prototypes
     are wrong classes. sigma^2 is a running average (rate 0.1). `ramp`, from 0 to 1, scales the margin.
 
     paper: whether f and w are normalised is unstated; here they are, before sigma and f', because the margin
-    acts on the sphere. paper: one loss over both batches; here both sums are divided by b_r, because b_r +
+    acts on the sphere. paper: one mean over both batches; here both sums are divided by b_r, because b_r +
     b_v would shrink the backbone's step as k grows.
     """
     margin_logits, margin = MARGINS[head]
     with torch.autocast(f.device.type, enabled=False):
         f = f.float()
         n, k = len(prototypes.real), len(prototypes.virtual)
+        count = len(f) + (b_virtual if prototypes.paper else 0)
         direction = F.normalize(f, eps=0.01)            # eps bounds the gradient when the norm is near zero
         W = prototypes.unit()                                                   # (n + k, D)
         with torch.no_grad():
@@ -401,15 +381,17 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
         cos = direction @ W.mT                                                  # (B, n + k)
         quality = norm_quality(f, prototypes)
         logits = margin_logits(cos, labels, quality, ramp * margin, scale)
-        real_loss = F.cross_entropy(logits, labels)
-        head_loss = quality_loss(f, cos[:, :n], labels, prototypes)
+        real_loss = F.cross_entropy(logits, labels) * (len(f) / count)
+        head_loss = certainty_loss(f, cos[:, :n], labels, prototypes)
 
+        # W[chosen] is not detached: f' moves with its prototype, so that the prototype learns from where the
+        # others are. Real prototypes are detached: people who exist do not make way.
         chosen = n + torch.randint(max(1, k), (b_virtual,), device=f.device)    # b_virtual is 0 if k is
-        virtual_f = around(W[chosen], torch.randn_like(W[chosen]), prototypes.sigma2)
+        virtual_f = around(W[chosen], torch.randn_like(W[chosen]), prototypes.sigma2, prototypes.paper)
         cos = virtual_f @ torch.cat([W[:n].detach(), W[n:]]).mT                 # (b_v, n + k)
         quality = torch.zeros_like(cos[:, :1])          # average, because a virtual embedding has no norm
         logits = margin_logits(cos, chosen, quality, ramp * margin, scale)
-        virtual_loss = F.cross_entropy(logits, chosen, reduction="sum") / len(f)
+        virtual_loss = F.cross_entropy(logits, chosen, reduction="sum") / count
     return real_loss, virtual_loss, head_loss
 
 
@@ -444,8 +426,7 @@ def zeroed(layer):
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and MLP, shifted, scaled and gated by the condition; at first the identity (adaLN-Zero).
-    """
+    """Self-attention and MLP, shifted, scaled, gated by the condition; at first the identity (adaLN-Zero)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -522,11 +503,12 @@ class DiT(nn.Module):
         return (a * x_t - x0) / s.clamp(min=0.05)
 
 
+# Networks by name, and how dit_train.py trains them: steps, images a step, learning rate. paper: not given.
 DIT_SIZES = {
-    "Ti": dict(width=192, depth=6, heads=3),
-    "S": dict(width=384, depth=12, heads=6),
-    "B": dict(width=768, depth=12, heads=12),
-    "L": dict(width=1024, depth=24, heads=16)}
+    "Ti": dict(steps=1100, batch=32, lr=2e-3, net=dict(width=192, depth=6, heads=3)),
+    "S": dict(steps=200_000, batch=256, lr=2e-4, net=dict(width=384, depth=12, heads=6)),
+    "B": dict(steps=200_000, batch=256, lr=2e-4, net=dict(width=768, depth=12, heads=12)),
+    "L": dict(steps=200_000, batch=256, lr=2e-4, net=dict(width=1024, depth=24, heads=16))}
 
 
 # ----------------------------------------------------------- diffusion: the one place that states conventions
@@ -539,7 +521,7 @@ def signal_noise(t):
     return angle.cos(), angle.sin()
 
 
-def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
+def dit_loss(dit, backbone, x, w, landmarks, drop=0.1, paper=False):
     """Stage 2's two losses on images x (B, 3, S, S) of prototypes w (B, D): MSE of v, and identity.
 
     paper: the identity loss pulls the drawn face x_hat towards its prototype; here towards f(x), the
@@ -560,14 +542,15 @@ def dit_loss(dit, backbone, x, w, landmarks, drop=0.1):
 
     f_hat = F.normalize(backbone(x_hat).float())
     with torch.no_grad():
-        f = F.normalize(backbone(x).float())
-    identity = ((f_hat - f).square().sum(1) * a.flatten() ** 2).mean()
+        wanted = w if paper else F.normalize(backbone(x).float())
+    identity = ((f_hat - wanted).square().sum(1) * a.flatten() ** 2).mean()
     return F.mse_loss(v_hat, v), identity
 
 
 def guided(dit, w, landmarks, guidance=1.0):
-    """x0 as a function of (x_t, t), in [-1, 1], with classifier-free guidance: v(0) + g (v(w) - v(0)), where
-    w = 0 is nobody.
+    """x0 as a function of (x_t, t), in [-1, 1], with classifier-free guidance.
+
+    It is v(0) + g (v(w) - v(0)), where w = 0 is nobody.
     """
     def denoise(x, t):                                                          # (B, 3, S, S), float
         times = torch.full((len(x),), t, device=x.device)
@@ -621,9 +604,7 @@ def run(main):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path; what the block writes there is flushed and renamed to `path`, whole or not at
-    all.
-    """
+    """Yields a temporary path. What the block writes there becomes `path`, whole or not at all."""
     temporary = Path(f"{path}.{RANK}.tmp")                  # two ranks may write the same file
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -667,9 +648,7 @@ def digest(folder):
 
 
 def build(module, tensors, prefix, path, arguments={}):
-    """module(**arguments) with the tensors named `prefix`..., frozen, in evaluation mode; refuses other
-    shapes.
-    """
+    """module(**arguments) with the tensors named `prefix`..., frozen, for evaluation; refuses other shapes."""
     with reading(path, f"the weights of a {module.__name__}"):
         with torch.device("meta"):
             net = module(**arguments)
@@ -766,6 +745,13 @@ def resume(path, settings, modules):
             module.load_state_dict(state[name])
     print(f"continuing {Path(path).parent} at step {step}")
     return step
+
+
+def log(out, line):
+    """Prints a line of training and adds it to out/log.txt: a lost terminal loses nothing."""
+    tqdm.write(line)
+    with open(Path(out) / "log.txt", "a") as file:
+        print(line, file=file)
 
 
 def stop_unless_finite(losses, step, out):

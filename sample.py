@@ -3,7 +3,7 @@
     python sample.py                                        # a small set from runs/dit
     python sample.py --virtual 10000 --per-id 50            # the paper's VIGFace(S)
     python sample.py --real-to 50                           # more pictures of real people with fewer than 50
-    torchrun --nproc-per-node 8 sample.py --virtual 10000 --per-id 50           # any number of GPUs share it
+    torchrun --nproc-per-node 8 -- sample.py --virtual 10000 --per-id 50        # any number of GPUs share it
 
 One picture, in short:
 
@@ -11,19 +11,23 @@ One picture, in short:
     denoise = guided(dit, w, landmarks, guidance)                               # in which pose
     image = dpm_solver(denoise, noise, steps)
 
-A picture too near a real person is drawn again, and left out after five attempts. Writes OUT/v000123/0007.jpg
-(eighth picture of virtual prototype 123), manifest.csv (a row for each drawn), landmarks.csv, grid.jpg. The
-same command continues a killed run; the set comes out the same.
+Pictures are drawn in rounds: first each one once, then again those that came too near a real person, until
+they have had five attempts; what is too near even then is left out. Each batch is drawn, judged and written.
+
+Writes OUT/3fa2b1-000123/0007.jpg (eighth picture of virtual prototype 123 of a recogniser 3fa2b1...),
+manifest.csv (a row for each picture drawn, with its verdict), landmarks.csv, grid.jpg. The same command
+continues a killed run; the set comes out the same.
 """
 import argparse
 import hashlib
 import itertools
 import json
 import os
-from collections import deque, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -31,22 +35,22 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Faces, open_image, read_csv, write_csv, write_landmarks
-from evaluate import FaceSet, embed_faces, resemblance, thresholds_of
+from evaluate import FaceSet, embed_faces, nearest, resemblance, thresholds_of
 from model import (DEVICE, RANK, DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
-                   load_model, load_recogniser, nearest, positive, reading, replacing, run, same_settings, to_uint8)
+                   load_model, load_recogniser, positive, reading, replacing, run, same_settings, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
 flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (default: %(default)s)")
-flag("--fr", metavar="DIR", help="the recogniser's run folder (default: the one the DiT was trained with)")
+flag("--fr", default="runs/fr", metavar="DIR", help="the recogniser's run folder (default: %(default)s)")
 flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the recogniser's data)")
 flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
 flag("--virtual", type=positive, default=2000, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
 flag("--per-id", type=positive, default=4, help="pictures of each (default: %(default)s)")
 flag("--real-to", type=positive, metavar="N", help="instead, fill every real person up to N images (default: off)")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
-# paper: guidance 4; here 1: half the cost, and pictures of one person stay varied.
-flag("--guidance", type=float, default=1.0, help="classifier-free, 1 for none (default: %(default)s)")
+flag("--guidance", type=float, help="classifier-free, 1 for none (default: 1; 4 with --paper)")
+flag("--paper", action="store_true", help="guidance 4, as published (default: off)")
 flag("--batch", type=positive, default=256 if DEVICE.type == "cuda" else 64,
      help="pictures at once (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -61,6 +65,8 @@ Verdict = namedtuple("Verdict", "file identity index attempt landmarks_from verd
                                 "cos_nearest_image own_is_nearest quality")
 
 
+# ------------------------------------------------------------------------------------------- what is needed
+
 def seed_of(*what):
     """A number that depends on `what` alone."""
     return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=7).digest(), "big")
@@ -69,21 +75,18 @@ def seed_of(*what):
 def load(args):
     """The DiT, the poses it was trained on, backbone, prototypes and metadata of its recogniser."""
     tensors, meta = load_model(args.dit, "dit")
-    args.fr = args.fr or meta["fr"]
     backbone, prototypes, fr = load_recogniser(args.fr)
     if not fr["names"] or digest(args.fr) != meta["fr_sha256"]:
-        fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it, or train again")
+        fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it with --fr")
     dit = build(DiT, tensors, "dit", args.dit, meta["config"]).to(DEVICE)
     return dit, tensors["poses.landmarks"], backbone, prototypes, fr
 
 
 def embed_real(backbone, prototypes, names, sources):
-    """The FaceSet of the real faces, its labels being rows of W, and the thresholds that a picture must stay
-    below.
-    """
+    """The FaceSet of the real faces, labelled with rows of W, and what a picture's cosines must stay below."""
     faces = Faces(sources, backbone.config["size"])
-    new = len(prototypes.real) + len(prototypes.virtual)         # people without a prototype: rows after W's
-    row_of = {name: new + i for i, name in enumerate(faces.people)}
+    k = len(prototypes.virtual)
+    row_of = {name: len(names) + k + i for i, name in enumerate(faces.people)}      # of people without a prototype
     row_of |= {name: row for row, name in enumerate(names)}
     rows = torch.tensor([row_of[name] for name in faces.people], device=DEVICE)
     real = embed_faces(backbone, prototypes, faces)
@@ -91,6 +94,38 @@ def embed_real(backbone, prototypes, names, sources):
     thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
     return real, thresholds
 
+
+def people_to_draw(args, names, n, real):
+    """{row of W: number of pictures to draw}; ends the program if there is nobody."""
+    if args.real_to:
+        images = torch.bincount(real.labels).tolist()
+        wanted = {row: args.real_to - count for row, count in enumerate(images[:n]) if 0 < count < args.real_to}
+        if not wanted:
+            fail(f"--real-to {args.real_to}: nobody whom {args.fr} knows has 1 to {args.real_to - 1} images; give more")
+        return wanted
+    k = len(names) - n
+    if args.virtual > k:
+        fail(f"--virtual {args.virtual}: expected 1 to {k}, as {args.fr} has; train it with more")
+    return {n + i: args.per_id for i in range(args.virtual)}
+
+
+def make_job(row, name, index, attempt, seed, poses):
+    """The Job of a picture, in one of so many `poses`, chosen by chance, which a redraw keeps."""
+    # paper: does not say which poses; here any training face's, because poses even over yaw taught no more.
+    return Job(row, name, index, attempt, seed_of(seed, name, index) % poses)
+
+
+def open_set(out, settings):
+    """Ends the program if the folder `out` belongs to something else, or to a set of other settings."""
+    if (out / "run.json").is_file():
+        with reading(out / "run.json", "the settings of a set"):
+            before = json.loads((out / "run.json").read_text())
+            same_settings(out / "run.json", before, settings)
+    elif out.is_dir() and any(not entry.name.startswith("run.json") for entry in out.iterdir()):
+        fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
+
+
+# ------------------------------------------------------------------------------------------ draw, judge, write
 
 def draw(dit, W, poses, jobs, args):
     """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed; the last job fills the batch up.
@@ -112,7 +147,7 @@ def judge(backbone, prototypes, W, real, thresholds, jobs, images):
 
     Pictures of a real person (--real-to) may resemble this person's own images.
     """
-    f = embed(backbone, images, unit=False)[:len(jobs)] / 2      # the mean with the mirrored image
+    f = embed(backbone, images, unit=False)[:len(jobs)] / 2     # of the length that the quality head knows
     unit = F.normalize(f)
     rows = torch.tensor([job.row for job in jobs], device=DEVICE)
     own = (unit * W[rows]).sum(1)
@@ -120,80 +155,97 @@ def judge(backbone, prototypes, W, real, thresholds, jobs, images):
     near = resemblance(FaceSet(unit.to(real.f), rows), real, rows)
     centre, image = near["centre"][0], near["image"][0]
     leaks = (centre > thresholds["centre"]) | (image > thresholds["image"])
-    numbers = torch.stack([own, centre, image, own > nearest_other, prototypes.quality(f)[:, 0]], 1)
+    numbers = torch.stack([own, centre, image, own > nearest_other, prototypes.certainty(f)[:, 0]], 1)
 
     return [Verdict(f"{job.name}/{job.index:04d}.jpg", job.name, job.index, job.attempt, job.pose,
                     "leak" if leak else "accepted", *map("{:.4f}".format, scores))
             for job, leak, scores in zip(jobs, leaks.tolist(), numbers.tolist())]
 
 
-def people_to_draw(args, names, n, real):
-    """{row of W: number of pictures to draw}; ends the program if there is nobody."""
-    if args.real_to:
-        images = torch.bincount(real.labels).tolist()
-        wanted = {row: args.real_to - count for row, count in enumerate(images[:n]) if 0 < count < args.real_to}
-        if not wanted:
-            fail(f"--real-to {args.real_to}: nobody whom {args.fr} knows has 1 to {args.real_to - 1} images; give more")
-        return wanted
-    k = len(names) - n
-    if args.virtual > k:
-        fail(f"--virtual {args.virtual}: expected 1 to {k}, as {args.fr} has; train it with more")
-    return {n + i: args.per_id for i in range(args.virtual)}
+def write_batch(out, jobs, images, verdicts):
+    """Writes the accepted ones of uint8 images (B, 3, S, S), then the verdicts, which say that this is done.
+    """
+    def write(verdict, image):
+        if verdict.verdict == "accepted":
+            with replacing(out / verdict.file) as path:
+                to_pil_image(image).save(path, "JPEG", quality=95, subsampling=0)
+
+    with ThreadPoolExecutor(16) as pool:                        # the disk's answers take longest
+        list(pool.map(write, verdicts, images))
+    first = jobs[0]
+    path = out / ".verdicts" / f"{first.row}-{first.index}-{first.attempt}.csv"
+    write_csv(path, Verdict._fields, verdicts)
 
 
-def write_person(out, name, pictures, verdicts):
-    """Writes a person's accepted pictures {file: image}, then the verdicts, which say that these are all."""
-    for file, image in pictures.items():
-        with replacing(out / file) as path:
-            to_pil_image(image).save(path, "JPEG", quality=95, subsampling=0)
-    verdicts.sort(key=lambda verdict: (verdict.index, verdict.attempt))
-    write_csv(out / ".people" / f"{name}.csv", Verdict._fields, verdicts)
+def attempts_after(verdict):
+    """How many attempts a picture has had after this one; an accepted one counts as having had all."""
+    return ATTEMPTS if verdict.verdict == "accepted" else int(verdict.attempt) + 1
 
 
-def finish(out, names, wanted, poses, size):
-    """Joins everybody's verdicts into manifest.csv, which says that the set is complete; says how it went."""
-    verdicts = [Verdict(*values) for row in wanted
-                for values in read_csv(out / ".people" / f"{names[row]}.csv")[1:]]
-    accepted = [verdict for verdict in verdicts if verdict.verdict == "accepted"]
-    if not accepted:
+def attempts_made(out, people):
+    """How many attempts each picture of {name: number of pictures} has had: int8 (people, pictures).
+
+    ATTEMPTS says that there is nothing left to do, also where a person wants fewer pictures than others.
+    """
+    made = np.full((len(people), max(people.values(), default=0)), ATTEMPTS, np.int8)
+    for line, count in zip(made, people.values()):
+        line[:count] = 0
+    line_of = {name: line for line, name in enumerate(people)}
+    for path in (out / ".verdicts").glob("*.csv"):
+        for verdict in map(Verdict._make, read_csv(path)[1:]):
+            if verdict.identity in line_of:                     # other ranks draw the others
+                place = line_of[verdict.identity], int(verdict.index)
+                made[place] = max(made[place], attempts_after(verdict))
+    return made
+
+
+def finish(out, total, poses, size):
+    """Writes landmarks.csv, grid.jpg and manifest.csv, which says that the set is complete; says how it went.
+    """
+    # Texts, because millions of lists would not fit in memory. No file's name holds a zero byte.
+    drawn = sorted("\0".join(row) for path in (out / ".verdicts").glob("*.csv") for row in read_csv(path)[1:])
+    verdicts = lambda: (Verdict(*text.split("\0")) for text in drawn)
+    accepted = lambda: (verdict for verdict in verdicts() if verdict.verdict == "accepted")
+    scores = np.array([(float(verdict.cos_own), float(verdict.own_is_nearest)) for verdict in accepted()])
+    if not len(scores):
         fail(f"{out}: every picture was too near a real person; train stage 2 longer")
-    landmarks = size * poses[[int(verdict.landmarks_from) for verdict in accepted]]
-    write_landmarks(out / "landmarks.csv", zip((verdict.file for verdict in accepted), landmarks))
+    write_landmarks(out / "landmarks.csv",
+                    ((verdict.file, size * poses[int(verdict.landmarks_from)]) for verdict in accepted()))
+    draw_grid(out, accepted())
+    write_csv(out / "manifest.csv", Verdict._fields, verdicts())
 
-    people = [[*some] for _, some in itertools.groupby(accepted, lambda verdict: verdict.identity)][:8]
-    width = min(8, max(map(len, people)))
-    files = [out / some[i * len(some) // width].file for some in people for i in range(width)]
-    grid = [pil_to_tensor(open_image(file)) for file in files]
+    loud = "WARNING: over half was rejected; " if len(drawn) > 2 * len(scores) else ""
+    cosine, nearest_own = scores.mean(0)
+    print(f"{loud}{out}: {len(scores)} images; by the recogniser that taught them, cosine to the own prototype "
+          f"{cosine:.3f}, the nearest for {nearest_own:.1%}; {len(drawn) - len(scores)} too near a real person, "
+          f"{total - len(scores)} left out")
+
+
+def draw_grid(out, accepted, rows=8, columns=8):
+    """Writes grid.jpg: a row of pictures, even over what there is, of each of the first people."""
+    people = itertools.groupby(accepted, lambda verdict: verdict.identity)
+    people = [[verdict.file for verdict in some] for _, some in itertools.islice(people, rows)]
+    columns = min(columns, max(map(len, people)))
+    files = [files[i * len(files) // columns] for files in people for i in range(columns)]
+    grid = torch.stack([pil_to_tensor(open_image(out / file)) for file in files])
     with replacing(out / "grid.jpg") as path:
-        save_image(torch.stack(grid) / 255, path, "JPEG", nrow=width)
-    write_csv(out / "manifest.csv", Verdict._fields, verdicts)
-
-    def mean(column):
-        return sum(float(getattr(verdict, column)) for verdict in accepted) / len(accepted)
-    loud = "WARNING: over half was rejected; " if len(verdicts) > 2 * len(accepted) else ""
-    rejected, left_out = len(verdicts) - len(accepted), sum(wanted.values()) - len(accepted)
-    print(f"{loud}{out}: {len(accepted)} images of {len(wanted)} people; by the recogniser that taught them, cosine "
-          f"to the own prototype {mean('cos_own'):.3f}, the nearest for {mean('own_is_nearest'):.1%}; "
-          f"{rejected} too near a real person, {left_out} left out")
+        save_image(grid / 255, path, "JPEG", nrow=columns)
 
 
 def main():
     args = parser.parse_args()
+    # paper: 4; here 1: half the cost, and pictures of one person stay varied.
+    args.guidance = args.guidance if args.guidance is not None else 4.0 if args.paper else 1.0
     if args.steps < 3:
         fail(f"--steps {args.steps}: expected 3 or more; fewer end in a blur")
     dit, poses, backbone, prototypes, fr = load(args)
     W, n = prototypes.to_draw(), len(prototypes.real)
-    names = [*fr["names"], *(f"v{i:06d}" for i in range(len(W) - n))]
+    names = [*fr["names"], *(f"{digest(args.fr)[:6]}-{i:06d}" for i in range(len(W) - n))]
 
     out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
     # A set may be moved, or continued with another --batch.
     settings = vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=digest(args.fr))
-    if (out / "run.json").is_file():
-        with reading(out / "run.json", "the settings of a set"):
-            before = json.loads((out / "run.json").read_text())
-            same_settings(out / "run.json", before, settings)
-    elif out.is_dir() and any(not entry.name.startswith("run.json") for entry in out.iterdir()):
-        fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
+    open_set(out, settings)
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
 
@@ -202,40 +254,30 @@ def main():
     with replacing(out / "run.json") as path:
         path.write_text(json.dumps(settings, indent=1))
 
-    # One queue runs over everybody, so that batches are full.
-    complete = lambda row: (out / ".people" / f"{names[row]}.csv").is_file()
-    mine = [row for row in [*wanted][RANK::int(os.environ.get("WORLD_SIZE", 1))] if not complete(row)]
-    # paper: does not say which poses; here any training face's, because poses even over yaw taught no more.
-    queue = (Job(row, names[row], index, 0, seed_of(args.seed, names[row], index) % len(poses))
-             for row in mine for index in range(wanted[row]))
+    mine = np.array([*wanted][RANK::int(os.environ.get("WORLD_SIZE", 1))], np.int64)
+    made = attempts_made(out, {names[row]: wanted[row] for row in mine})
     fast = compiled(dit, sum(wanted.values()) * args.steps)     # by the whole set, so that all ranks decide alike
-    verdicts, pictures, left = {}, {}, dict(wanted)             # of people who are not complete
-    writing, again = deque(), []                                # again: rejected jobs, never more than a batch
-    total = sum(wanted[row] for row in mine)
-    with tqdm(total=total, desc=out.name) as progress, ThreadPoolExecutor(16) as pool:
-        while jobs := [*itertools.islice(itertools.chain(again, queue), args.batch)]:
-            images = draw(fast, W, poses, jobs, args)
-            judged = judge(backbone, prototypes, W, real, thresholds, jobs, images)
-            again = []
-            for job, verdict, image in zip(jobs, judged, images.cpu()):
-                verdicts.setdefault(job.row, []).append(verdict)
-                leak = verdict.verdict == "leak"
-                if leak and job.attempt + 1 < ATTEMPTS:
-                    again.append(job._replace(attempt=job.attempt + 1))
-                    continue
-                progress.update()
-                left[job.row] -= 1
-                if not leak:
-                    pictures.setdefault(job.row, {})[verdict.file] = image
-                if not left[job.row]:
-                    person = pictures.pop(job.row, {}), verdicts.pop(job.row)
-                    writing.append(pool.submit(write_person, out, job.name, *person))
-            while len(writing) > 64:
-                writing.popleft().result()                      # raises what went wrong; bounds memory
-        for written in writing:
-            written.result()
-    if all(map(complete, wanted)):
-        finish(out, names, wanted, poses, dit.size)             # several ranks may come here and write the same
+    with tqdm(total=int((made < ATTEMPTS).sum()), desc=out.name) as progress, ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(bool)                           # nothing yet
+        for attempt in range(ATTEMPTS):
+            todo = np.flatnonzero(made == attempt)
+            for first in range(0, len(todo), args.batch):
+                some = todo[first:first + args.batch]
+                lines, indices = np.unravel_index(some, made.shape)
+                jobs = [make_job(row, names[row], index, attempt, args.seed, len(poses))
+                        for row, index in zip(mine[lines].tolist(), indices.tolist())]
+                images = draw(fast, W, poses, jobs, args)
+                verdicts = judge(backbone, prototypes, W, real, thresholds, jobs, images)
+
+                writing.result()                                # of the batch before; raises what went wrong
+                writing = writer.submit(write_batch, out, jobs, images.cpu(), verdicts)
+                made.flat[some] = [attempts_after(verdict) for verdict in verdicts]
+                progress.update(int((made.flat[some] == ATTEMPTS).sum()))
+        writing.result()
+
+    everybody = {names[row]: count for row, count in wanted.items()}
+    if (attempts_made(out, everybody) == ATTEMPTS).all():
+        finish(out, sum(wanted.values()), poses, dit.size)      # several ranks may come here and write the same
     else:
         print(f"{out}: this rank is done, the last one completes the set; if all have ended, run it again")
 
