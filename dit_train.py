@@ -15,7 +15,7 @@ import torch
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import Faces, batches, complete_landmarks
+from data import Faces, batches
 from model import (DEVICE, DIT_SIZES, DiT, autocast, compiled, digest, dit_loss, dpm_solver, embed, fail,
                    guided, load_recogniser, positive, replacing, resume, run, save_model, save_state,
                    stop_unless_finite, to_uint8)
@@ -82,7 +82,9 @@ def main():
     steps, batch, lr = (1100, 32, 2e-3) if name == "Ti" else (200_000, 256, 2e-4)       # paper: not given
     steps, batch, lr = args.steps or steps, min(args.batch or batch, len(faces)), args.lr or lr
 
-    complete_landmarks(faces, out, args.weights)
+    if faces.landmarks.isnan().any():
+        from tools.retinaface import complete_landmarks
+        complete_landmarks(faces, out, args.weights)
     torch.manual_seed(args.seed)
     dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[name]).to(DEVICE)
     average = copy.deepcopy(dit).requires_grad_(False)

@@ -1,6 +1,6 @@
 """Stage 1: trains a face recogniser that keeps room for people who do not exist.
 
-    python fr_train.py                                      # the demo: toy faces painted by data.py
+    python fr_train.py                                      # the demo: toy faces, painted on the way
     python fr_train.py --data casia/                        # identity/image.jpg or train.rec, aligned
     python fr_train.py --data runs/virtual --virtual 0 --out runs/fr-virtual        # virtual people alone
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Faces, batches, named_benchmarks, open_source, read_benchmark
+from data import Faces, batches, demo, named_benchmarks, open_source, read_benchmark
 from evaluate import embed_faces, pair_distances, verification
 from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, compiled, fail,
                    person_moment, positive, resume, run, save_model, save_state, stop_unless_finite, vigface_loss,
@@ -21,7 +21,7 @@ from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocas
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
-flag("--data", nargs="+", default=["demo"], metavar="DIR", help="folders, united by identity (default: demo)")
+flag("--data", nargs="+", metavar="DIR", help="folders, united by identity (default: toy faces, in runs/demo)")
 flag("--val", nargs="+", metavar="BIN", help="benchmarks (default: the *.bin beside the data)")
 flag("--out", default="runs/fr", metavar="DIR", help="run folder (default: %(default)s)")
 flag("--size", type=int, help="image side in pixels, a multiple of 16 (default: that of the data)")
@@ -65,13 +65,14 @@ def augment(x, p=0.2):
 def check(size, n, batch, k):
     """Ends the program if a run of these settings cannot be."""
     if size % 16 or size < 32:
-        fail(f"--size {size}: expected a multiple of 16, 32 or more; name one (docs/align.py crops photographs)")
+        fail(f"--size {size}: expected a multiple of 16, 32 or more; name one (tools/align.py crops photographs)")
     if n < 2 or batch < 2 or k < 0:
         fail(f"expected 2 or more people, --batch of 2 or more, --virtual of 0 or more; found {n}, {batch}, {k}")
 
 
 def main():
     args = parser.parse_args()
+    args.data = args.data or [demo()]
     faces, out = Faces(args.data, args.size), Path(args.out)
     n, size = len(faces.people), faces.size
     k = n if args.virtual is None else args.virtual
