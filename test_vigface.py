@@ -27,14 +27,13 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                                 # before the scripts look for a GPU
-sys.path.insert(0, str(Path(__file__).parent / "docs"))
-import align
 import data
 import dit_train
 import evaluate
 import fr_train
 import model
 import sample
+from tools import align, retinaface, toys
 
 HERE = Path(__file__).parent
 THREADS = torch.get_num_threads()
@@ -291,8 +290,8 @@ def contents(root):
 
 def people(count, per_person, size=32):
     """Toy people, `per_person` pictures of each: images uint8, landmarks in [0, 1]."""
-    who = (2 * torch.rand(count, data.PERSON) - 1).repeat_interleave(per_person, 0)
-    images, points = data.draw_faces(who, 2 * torch.rand(len(who), data.PICTURE) - 1, size)
+    who = (2 * torch.rand(count, toys.PERSON) - 1).repeat_interleave(per_person, 0)
+    images, points = toys.draw_faces(who, 2 * torch.rand(len(who), toys.PICTURE) - 1, size)
     return model.to_uint8(2 * images - 1), points
 
 
@@ -311,17 +310,17 @@ def folder(root, count, per_person, size=32, landmarks=True):
 def test_landmarks_of_toy_faces_lie_on_their_features():
     """Where they say an eye is, it is painted: a number of the eyes' colour changes pixels there alone."""
     assert (people(6, 5)[1] - data.TEMPLATE).abs().mean() < 0.08    # aligned, but for pose
-    spots = data.PERSON - 7 * len(data.SPOTS)
-    eyes = spots + 7 * [spot[4] > 1 for spot in data.SPOTS].index(True)         # brighter than skin
-    who, how = torch.zeros(2, data.PERSON), torch.zeros(2, data.PICTURE)
+    spots = toys.PERSON - 7 * len(toys.SPOTS)
+    eyes = spots + 7 * [spot[4] > 1 for spot in toys.SPOTS].index(True)         # brighter than skin
+    who, how = torch.zeros(2, toys.PERSON), torch.zeros(2, toys.PICTURE)
     who[1, eyes + 4:eyes + 7] = 1
     how[:, 1] = 0.5                                                             # turned aside
-    images, landmarks = data.draw_faces(who, how, 112)
+    images, landmarks = toys.draw_faces(who, how, 112)
     moved = (images[1] - images[0]).abs().sum(0)
     places = [(round(112 * x), round(112 * y)) for x, y in landmarks[0, :2].tolist()]
     near = sum(moved[y - 9:y + 10, x - 12:x + 13].sum() for x, y in places)
     assert near / moved.sum() > 0.95
-    _, points = data.draw_faces(torch.zeros(2, data.PERSON), torch.eye(2, data.PICTURE), 112)
+    _, points = toys.draw_faces(torch.zeros(2, toys.PERSON), torch.eye(2, toys.PICTURE), 112)
     nose = points[:, 2, 0] - points[:, :2, 0].mean(1)                           # from between the eyes
     assert (nose[1] - nose[0]).abs() > 0.03                                     # the second number is yaw
 
@@ -377,13 +376,13 @@ def test_for_an_unreadable_image_the_next_one_stands_in(tmp_path, monkeypatch, c
     (tmp_path / "a/person 0/9.png").write_bytes(b"broken")                      # the last of person 0
     rows = (tmp_path / "a/landmarks.csv").read_text().splitlines()
     (tmp_path / "a/landmarks.csv").write_text("\n".join(row for row in rows if "0/9.png" not in row))
-    monkeypatch.setattr(data, "load_detector", lambda *_: None)
-    monkeypatch.setattr(data, "crop_landmarks", lambda _, images: torch.full((len(images), 5, 2), torch.nan))
+    monkeypatch.setattr(retinaface, "load_detector", lambda *_: None)
+    monkeypatch.setattr(retinaface, "crop_landmarks", lambda _, images: torch.full((len(images), 5, 2), torch.nan))
     seen, sent, to = [], [], torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda *given, **how: sent.append(how) or to(*given, **how))
     for memory in (3e9, 0):
         faces = data.Faces([tmp_path / "a"], memory=memory)
-        data.complete_landmarks(faces, tmp_path / "run", None)
+        retinaface.complete_landmarks(faces, tmp_path / "run", None)
         assert (faces.images is None) == (memory == 0) and not faces.landmarks.isnan().any()
         seen.append([torch.stack(part) for part in zip(*data.batches(faces, 40, 0, 0, 6))])     # two epochs
     assert all(torch.equal(in_memory, lazy) for in_memory, lazy in zip(*seen, strict=True))
@@ -437,7 +436,7 @@ def test_files_and_rows_that_are_not_used_are_said(tmp_path, capsys):
 
 def test_benchmark_round_trip(tmp_path):
     flat = torch.stack([torch.full((4, 3, 8, 8), 10 * i, dtype=torch.uint8) for i in range(20)])
-    data.write_bin(tmp_path / "t.bin", flat, 300, torch.Generator().manual_seed(0))
+    toys.write_bin(tmp_path / "t.bin", flat, 300, torch.Generator().manual_seed(0))
     images, same = data.read_benchmark(tmp_path / "t.bin", 8)
     first, second = images[0::2, 0, 0, 0], images[1::2, 0, 0, 0]
     assert torch.equal(first == second, same) and same.float().mean() == 0.5
@@ -473,7 +472,7 @@ def test_a_malformed_benchmark_is_one_clear_line_and_runs_nothing(tmp_path, monk
 
 
 def test_the_detector_decodes_its_anchors_as_a_loop_does():
-    net = data.RetinaFace().eval()
+    net = retinaface.RetinaFace().eval()
     for head, biases in ((net.ClassHead, (0., 1, 0, 2)), (net.BboxHead, (.5, -1, .2, .4) * 2),
                          (net.LandmarkHead, [0.1 * i for i in range(20)])):
         for level in head:
@@ -654,7 +653,7 @@ def pipeline(tmp_path_factory):
     for name in ("one", "other"):                               # strangers who look the same: thresholds of 1
         (cwd / "twins" / name).mkdir(parents=True)
         (cwd / "twins" / name / "0.png").write_bytes(PNG)
-    data.write_bin(cwd / "faces/held.bin", people(20, 4)[0].view(20, 4, 3, 32, 32), 300, torch.Generator())
+    toys.write_bin(cwd / "faces/held.bin", people(20, 4)[0].view(20, 4, 3, 32, 32), 300, torch.Generator())
     alone = "--data runs/virtual --virtual 0 --batch 8 --epochs 1 --out runs/fr-virtual".split()
     for name, *arguments in (("fr_train.py", *FR), ("dit_train.py", *DIT), ("sample.py", *SAMPLE),
                              ("fr_train.py", *alone), ("evaluate.py",)):
@@ -724,14 +723,14 @@ def test_landmarks_are_found_on_the_way_and_kept_beside_the_run(tmp_path, monkey
     known = {image.numpy().tobytes(): face for image, face in zip(images, points)}
     known[images[0].numpy().tobytes()] = torch.full((5, 2), torch.nan)          # the detector finds no face
     look = lambda _, crops: torch.stack([known[crop.numpy().tobytes()] for crop in crops])
-    monkeypatch.setattr(data, "load_detector", lambda *_: None)
-    monkeypatch.setattr(data, "crop_landmarks", look)
+    monkeypatch.setattr(retinaface, "load_detector", lambda *_: None)
+    monkeypatch.setattr(retinaface, "crop_landmarks", look)
     learns = lambda path, dit, *_: [0.0, float(any(p.requires_grad for p in dit.parameters()))]
     monkeypatch.setattr(dit_train, "preview", learns)                         # of the average, which does not
     dit = ("dit_train.py", "--arch", "Ti/8", "--steps", 1, "--batch", 4)
     printed = here(*dit, cwd=tmp_path)
     assert "15 of 16" in printed and "virtual 0.000" in printed
-    monkeypatch.delattr(data, "crop_landmarks")
+    monkeypatch.delattr(retinaface, "crop_landmarks")
     (tmp_path / "runs/dit/state.pt").unlink()                                   # killed before it was written
     written = model.digest(tmp_path / "runs/dit")
     assert "15 of 16" in here(*dit, cwd=tmp_path) and written == model.digest(tmp_path / "runs/dit")
@@ -919,7 +918,7 @@ BAD_INPUT = {
                          "fr_train.py --data set", "square"),
     "crops of two sizes": (lambda root: [folder(root, 2, 2), damage(root, lambda image: image.resize((48, 48)), 1)],
                            "fr_train.py --data set", "all of one size"),
-    "photographs": ((2, 2, 40), "fr_train.py --data set", "docs/align.py"),
+    "photographs": ((2, 2, 40), "fr_train.py --data set", "tools/align.py"),
     "landmarks of nan": (lambda root: [folder(root, 2, 2), (root / "landmarks.csv").write_text("a,nan" + ",1" * 9)],
                          "fr_train.py --data set", "not ten numbers"),
     "two benchmarks of one name": (None, "evaluate.py --pairs faces/held.bin runs/held.bin", "of each name"),

@@ -22,6 +22,7 @@ from torchvision.io import write_png
 home = Path(__file__).parent.parent
 sys.path.insert(0, str(home))
 import data
+from tools import toys
 
 kills, seed = int((sys.argv[1:] or [20])[0]), int((sys.argv[2:] or [0])[0])
 only = (sys.argv[3:] or [None])[0]
@@ -73,8 +74,8 @@ def differences(folder, whole):
 
 def draw():
     """faces/, the toy faces of 30 people, with landmarks and a benchmark."""
-    who = (2 * torch.rand(30, data.PERSON) - 1).repeat_interleave(4, 0)
-    images, points = data.draw_faces(who, 2 * torch.rand(120, data.PICTURE) - 1, 32)
+    who = (2 * torch.rand(30, toys.PERSON) - 1).repeat_interleave(4, 0)
+    images, points = toys.draw_faces(who, 2 * torch.rand(120, toys.PICTURE) - 1, 32)
     images = (255 * images).to(torch.uint8)
     names = [f"person {i // 4}/{i % 4}.png" for i in range(120)]
     for name, image in zip(names, images):
@@ -82,7 +83,7 @@ def draw():
         write_png(image, str(root / "faces" / name))
     data.write_landmarks(root / "faces/landmarks.csv", zip(names, 32 * points))
     images = images.view(30, 4, 3, 32, 32)
-    data.write_bin(root / "faces/held.bin", images, 100, torch.Generator().manual_seed(0))
+    toys.write_bin(root / "faces/held.bin", images, 100, torch.Generator().manual_seed(0))
 
 
 def kill(stage, line, length):

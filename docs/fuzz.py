@@ -31,9 +31,11 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import align
 import data
 import model
+from tools.align import align
+from tools.published import read_published
+from tools.retinaface import RetinaFace
 
 cases, seed = int((sys.argv[1:] or [20_000])[0]), int((sys.argv[2:] or [0])[0])
 rng, root = random.Random(seed), Path(tempfile.mkdtemp())
@@ -131,7 +133,7 @@ tensors = {f"backbone.{name}": t for name, t in backbone.state_dict().items()}
 tensors |= {f"prototypes.{name}": t for name, t in model.Prototypes(3, 2, 8).state_dict().items()}
 save_file(tensors, write("m/model.safetensors", b""), {"vigface": json.dumps(META)})
 CHECKPOINT = (root / "m/model.safetensors").read_bytes()
-DETECTOR = saved({f"module.{name}": t for name, t in data.RetinaFace().state_dict().items()})
+DETECTOR = saved({f"module.{name}": t for name, t in RetinaFace().state_dict().items()})
 RECOGNISER = saved({f"model.{name}": t for name, t in backbone.state_dict().items()})
 STATE = saved({"settings": {"lr": 0.1}, "step": 3, "net": torch.nn.Linear(3, 3).state_dict()})
 HOSTILE = [*(pickle.dumps((Payload(), [True]), protocol) for protocol in (0, 2, 4)),
@@ -209,7 +211,7 @@ def photographs():
     for name, table in tables.items():                                  # of an earlier run
         if rng.random() < 0.2:
             write(f"aligned/{name}", damage(table) if rng.random() < 0.5 else table)
-    align.align(root / "photos", root / "aligned", everywhere)
+    align(root / "photos", root / "aligned", everywhere)
 
 
 def metadata():
@@ -230,11 +232,11 @@ def benchmark():
 
 
 def detector():
-    model.build(data.RetinaFace, model.read_published(write("w.pth", hurt(DETECTOR))), "net", "w.pth")
+    model.build(RetinaFace, read_published(write("w.pth", hurt(DETECTOR))), "net", "w.pth")
 
 
 def recogniser():
-    tensors = model.read_published(write("w.pth", hurt(RECOGNISER)))
+    tensors = read_published(write("w.pth", hurt(RECOGNISER)))
     model.build(model.Recogniser, tensors, "net", "w.pth", TINY)
 
 

@@ -3,7 +3,7 @@
 Every STRIDE-th image of the folder (default 1). Prints the share found, images a second, the distance to the
 landmarks in its landmarks.csv and to those the same detector finds without bf16, in pixels of the crop, and
 the rate of `largest_face` on photographs of 200 pixels: the crops with a border, a thread for each processor,
-as docs/align.py does.
+as tools/align.py does.
 """
 import contextlib
 import sys
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
-from align import largest_face
-from data import Faces, crop_landmarks, load_detector, processors
+from data import Faces, processors
 from model import DEVICE
+from tools import retinaface
+from tools.align import largest_face
 
 faces = Faces([sys.argv[1]])
-detector = load_detector((sys.argv[2:] or [None])[0], "runs")
+detector = retinaface.load_detector((sys.argv[2:] or [None])[0], "runs")
 chosen = torch.arange(0, len(faces), int((sys.argv[3:] or [1])[0]))
 
 
@@ -30,7 +30,7 @@ def find():
     """Landmarks (M, 5, 2) in pixels of the chosen images, and images a second after the first batch, or 0."""
     found = []
     for images, _ in faces.loader(chosen.split(64)):
-        found.append(crop_landmarks(detector, images.to(DEVICE)))
+        found.append(retinaface.crop_landmarks(detector, images.to(DEVICE)))
         start = time.time() if len(found) == 1 else start
     return faces.size * torch.cat(found), max(0, len(chosen) - 64) / (time.time() - start)
 
@@ -56,9 +56,9 @@ points, rate = find()
 share = (~points.isnan().flatten(1).any(1)).float().mean()
 print(f"{len(points)} images, found {share:.2%}, {rate:.0f} img/s on {DEVICE}")
 describe("landmarks.csv", points, faces.size * faces.landmarks[chosen])
-data.autocast, kept = contextlib.nullcontext, data.autocast
+retinaface.autocast, kept = contextlib.nullcontext, retinaface.autocast
 exact, _ = find()
-data.autocast = kept
+retinaface.autocast = kept
 describe("the same detector without bf16", points, exact)
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import PERSON, PICTURE, draw_faces
 from model import (DEVICE, DiT, autocast, build, dpm_solver, embed, guided, load_model, load_recogniser,
                    to_uint8)
+from tools.toys import PERSON, PICTURE, draw_faces
 
 count = 100
 torch.manual_seed(99)

@@ -22,12 +22,13 @@ from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample
-from data import PERSON, PICTURE, Faces, draw_faces, processors
+from data import Faces, processors
 from dit_train import mirror
 from evaluate import FaceSet
 from fr_train import augment, make_optimizer
 from model import (DEVICE, DIT_SIZES, DiT, Prototypes, Recogniser, autocast, compiled, dit_loss, vigface_loss,
                    virtual_batch_size)
+from tools.toys import PERSON, PICTURE, draw_faces
 
 GPU = DEVICE.type == "cuda"
 PEOPLE = 10_572                                                         # of CASIA-WebFace

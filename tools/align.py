@@ -1,4 +1,4 @@
-"""Cuts faces out of photographs: python docs/align.py photos/ --out faces/ [--weights PATH]
+"""Cuts faces out of photographs: python tools/align.py photos/ --out faces/ [--weights PATH]
 
 RetinaFace finds the largest face of every photos/identity/photo.jpg. The crop, 112 x 112 pixels on the
 ArcFace template, goes to faces/identity/photo.jpg (photo.png.jpg for photo.png), its landmarks to
@@ -17,9 +17,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import (SUFFIXES, TEMPLATE, crop_landmarks, detect_faces, list_files, load_detector, move, open_image,
-                  processors, read_csv, similarity, write_csv, write_landmarks)
+from data import (SUFFIXES, TEMPLATE, list_files, open_image, processors, read_csv, write_csv,
+                  write_landmarks)
 from model import DEVICE, fail, reading, replacing, run, system_failed
+from tools.retinaface import crop_landmarks, detect_faces, load_detector
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -29,6 +30,19 @@ flag("--weights", metavar="PATH", help="RetinaFace's (default: fetched)")
 
 SIZE, SMALLEST = 112, 40                                        # pixels: of a crop, of a face in a photograph
 FARTHEST = 0.05     # landmarks from the template's: good crops 0.043 at most, turned ones 0.056 at least
+
+
+def similarity(source, target):
+    """Complex scale and shift (..., 1) that carry points (..., 5, 2) to others, by least squares."""
+    source, target = (torch.view_as_complex(points.contiguous()) for points in (source, target))
+    s, t = (z - z.mean(-1, keepdim=True) for z in (source, target))
+    scale = (s.conj() * t).sum(-1, keepdim=True) / (s.abs() ** 2).sum(-1, keepdim=True)
+    return scale, target.mean(-1, keepdim=True) - scale * source.mean(-1, keepdim=True)
+
+
+def move(points, scale, shift):
+    """Points (..., 2) carried by a similarity z -> scale z + shift."""
+    return torch.view_as_real(scale * torch.view_as_complex(points.contiguous()) + shift)
 
 
 def largest_face(detector, image, side=640):

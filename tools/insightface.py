@@ -1,0 +1,114 @@
+"""InsightFace's files as they lie on disk: train.rec with its train.idx, and .bin benchmarks.
+
+data.py reads them through this module when it meets a train.rec or a .bin.
+"""
+import io
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import fail, reading
+
+# ---------------------------------------------------------------------------------------------------- records
+
+def read_record(path, offset):
+    """The encoded image, an open file, of the record at `offset`."""
+    content = np.memmap(path, mode="r")
+    _, length, flag = struct.unpack_from("<III", content, offset)
+    return io.BytesIO(content[offset + 32 + 4 * flag:offset + 8 + length])
+
+
+def list_records(path):
+    """Identities, keys and offsets of the images in an InsightFace .rec file, which its .idx lists."""
+    # A record: magic, length, flag, label, two ids, `flag` more labels (which then count), image or none.
+    found, split = [], 0
+    index = path.with_suffix(".idx")
+    with reading(index, f"a line of key and offset for every record of {path.name}"):
+        content = np.memmap(path, mode="r")
+        for key, offset in np.loadtxt(index, np.int64, ndmin=2).tolist():
+            magic, length, flag = struct.unpack_from("<III", content, offset)
+            part, length = length >> 29, length % (1 << 29)
+            if magic != 0xced7230a or offset + 8 + length > len(content):
+                raise ValueError(f"record {key} lacks the magic number or ends beyond {len(content)} bytes")
+            if part:                                        # its image holds the magic number
+                split += 1
+            elif length > 24 + 4 * flag:
+                label, = struct.unpack_from("<f", content, offset + (32 if flag else 12))
+                found.append((str(int(label)), str(key), offset))
+    if split:
+        print(f"{path}: left out {split} records that are stored in parts")
+    if len({identity for identity, _, _ in found}) == 1:
+        print(f"{path}: WARNING all records have one label; if a list has identities, unpack into folders")
+    if not found:
+        fail(f"{path}: it has no images that can be read")
+    return zip(*found)
+
+
+# ------------------------------------------------------------------------------------------------- benchmarks
+
+class StoredType:
+    """Stands in for numpy.dtype while a .bin is unpickled, and keeps its name."""
+
+    def __init__(self, name, *_):
+        self.name = name if isinstance(name, str) else name.decode()
+
+    def __setstate__(self, state):
+        """The byte order does not matter for bytes and truth values."""
+
+
+class StoredArray:
+    """Stands in for a numpy array or number while a .bin is unpickled, and keeps its bytes or list."""
+
+    def __init__(self, content=b"", kind=None):
+        self.content, self.kind = content, kind
+
+    def __setstate__(self, state):
+        _, _, self.kind, _, self.content = state
+
+    def values(self):
+        """What it stands for, as a flat array or a list."""
+        return self.content if isinstance(self.content, list) else np.frombuffer(self.content, self.kind.name)
+
+
+class BinUnpickler(pickle.Unpickler):
+    """Reads InsightFace's .bin and nothing else.
+
+    It calls nothing outside this file, not even numpy, whose unpickling was not made for hostile bytes.
+    """
+
+    STAND_INS = {
+        "_codecs.encode": lambda text, _: text.encode("latin1"),
+        "numpy.dtype": StoredType,
+        "numpy.ndarray": StoredArray,
+        "numpy.core.multiarray._reconstruct": lambda *_: StoredArray(),
+        "numpy.core.multiarray.scalar": lambda kind, content: StoredArray(content, kind),
+        "numpy.core.numeric._frombuffer": lambda content, kind, *_: StoredArray(content, kind)}
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}".replace("numpy._core", "numpy.core")
+        if full not in self.STAND_INS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no benchmark needs")
+        return self.STAND_INS[full]
+
+
+def plain(stored):
+    """What a stand-in for numpy stands for; anything else as it is."""
+    return stored.values() if isinstance(stored, StoredArray) else stored
+
+
+def read_bin(path):
+    """The 2P encoded images of a .bin, as buffers, and whether each pair shows one person, bool (P,).
+
+    Pair p is images 2p and 2p + 1. Raises an error unless it holds ten pairs or more, of both kinds.
+    """
+    content = io.BytesIO(Path(path).read_bytes())
+    images, same = BinUnpickler(content, encoding="bytes").load()
+    images = [memoryview(plain(image)) for image in plain(images)]
+    same = torch.tensor([bool(np.any(plain(label))) for label in plain(same)])
+    if len(images) != 2 * len(same) or len(same) < 10 or same.all() or not same.any():
+        raise ValueError(f"{len(images)} images, {same.sum()} of {len(same)} pairs of one person, where "
+                         "ten pairs or more are needed, of both kinds")
+    return images, same
