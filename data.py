@@ -28,15 +28,14 @@ from model import DEVICE, fail, reading, replacing, system_failed, to_float
 
 # ---------------------------------------------------------------------------------------------------- images
 
-SUFFIXES = ("", *".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split())
+SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split()
+SUFFIXES.append("")                                     # some sets name their images without a suffix
 Image.init()                # only formats that Pillow reads itself; older ones lack some of them
 FORMATS = [name for name in "JPEG PNG WEBP AVIF GIF BMP TIFF PPM".split() if name in Image.OPEN]
 
 
 def open_image(file):
-    """A PIL image, RGB, of a path or an open file: upright, grey of any depth in 8 bits, on white if
-    transparent.
-    """
+    """A PIL image, RGB, of a path or an open file: upright, 8 bits deep, on white where it is transparent."""
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > 2 ** 27:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
@@ -81,20 +80,15 @@ def demo():
 
 
 def open_source(name):
-    """The folder of a source, and what numbered its people: a record file, a recogniser, or nothing, None.
-
-    Equal names from two numberings are different people.
-    """
+    """The folder of a source, and whether it fills up real people (sample.py --real-to), whom it then names."""
     root = Path(name)
-    if (root / "train.rec").is_file():
-        return root, f"{root}/train.rec"
     if not (root / "run.json").is_file():
-        return root, None
+        return root, False
     if not (root / "manifest.csv").is_file():
         fail(f"{root}: sample.py has not finished it; give its command again")
     with reading(root / "run.json", "the settings of sample.py"):
         settings = json.loads((root / "run.json").read_text())
-        return root, None if settings["real_to"] else settings["fr_sha256"]
+        return root, settings["real_to"] is not None
 
 
 def list_files(root):
@@ -151,31 +145,29 @@ def open_stored(path, offset):
 class Faces(Dataset):
     """Images of one or more sources, united by identity name: images, labels, and landmarks ([0, 1] or NaN).
 
-    An item is an image, uint8 array (3, S, S), or a text that says why it is refused, and its index. For an
-    image that cannot be read the next one stands in, with its own index. Sets that fit in `memory` bytes are
-    decoded once, others when needed.
+    An item is an image, uint8 array (3, S, S), and its index. For an image that cannot be read the next one
+    stands in, with its own index. Sets that fit in `memory` bytes are decoded once, others when needed.
     """
 
     def __init__(self, sources, size=None, memory=3e9):
-        self.people, self.images = {}, None                                 # people: {identity: label}
-        paths, offsets, labels, landmarks, sides, namers = [], [], [], [], [], []
+        self.people = {}                                                    # {identity: label}
+        self.items = None
+        known = set()                                                       # whom sources of real images name
+        paths, offsets, labels, landmarks, sides = [], [], [], [], []
         for source in sources:
-            root, namer = open_source(source)
+            root, fills_up = open_source(source)
             identities, names, places = list_source(root)
-            if shared := self.people.keys() & {*identities}:
-                print(f"{root}: {len(shared)} of its people are in the sources before it, by their names")
-                if namer and any(other not in (None, namer) for other in namers):
-                    fail(f"{root}: {min(shared)} and others are different people in the sources before it; use "
-                         "one of these sources, or give its people other names, in folders")
-            namers.append(namer)
+            refuse_strangers(root, {*identities}, self.people, () if fills_up else known)
+            known |= set() if fills_up else {*identities}
             labels += [self.people.setdefault(identity, len(self.people)) for identity in identities]
             paths += [os.fsencode(f"{root}/{name}") for name in names]
             offsets += places
 
-            self.paths, self.offsets = paths, offsets                       # so far, for `readable`
-            image, _ = next(self.readable(len(paths) - len(names)))
-            sides += [image.width] * len(names)
-            landmarks.append(read_landmarks(root, names, image.width))
+            # The first image that can be read tells the size of all.
+            self.paths, self.offsets = paths, offsets
+            side = self.readable(len(paths) - len(names))[0].width
+            sides += [side] * len(names)
+            landmarks.append(read_landmarks(root, names, side))
 
         # Arrays, because Python lists are copied into every worker.
         self.paths, self.offsets, self.sides = map(np.array, (paths, offsets, sides))
@@ -183,7 +175,7 @@ class Faces(Dataset):
         self.size = size or sides[0]
         if len(self) * 3 * self.size ** 2 <= memory:
             read = self.scan(torch.arange(len(self)), "reading images")
-            self.images, self.which = (torch.cat(part).numpy() for part in zip(*read))
+            self.items = [item for batch in read for item in zip(*(part.numpy() for part in batch))]
 
     def __len__(self):
         return len(self.paths)
@@ -193,37 +185,40 @@ class Faces(Dataset):
         return os.fsdecode(self.paths[i])
 
     def readable(self, i):
-        """Yields the PIL images that can be read, with their indices, from image i on and around."""
-        for j in itertools.chain(range(i, len(self)), range(i)):
+        """The PIL image i, or the next that can be read, and its index."""
+        for j in range(i, i + len(self)):
+            j %= len(self)
             try:
-                yield open_stored(self.path(j), self.offsets[j]), j
+                return open_stored(self.path(j), self.offsets[j]), j
             except Exception as error:                              # images break in every possible way
                 if system_failed(error):
                     raise
                 warnings.warn(f"{self.path(j)}: cannot be read ({error}); the next image stands in")
-        fail(f"{self.path(i)}: neither this nor any other image can be read")
+        raise ValueError(f"{self.path(i)}: neither this nor any other image can be read")
 
     def __getitem__(self, i):
-        if self.images is not None:
-            return self.images[i], self.which[i]
-        image, j = next(self.readable(i))
-        side = self.sides[j]
-        if image.size != (side, side):                                      # a text: see `loader`
-            return (f"{self.path(j)}: {image.width} x {image.height} pixels, expected {side} x {side}: aligned "
-                    "faces, square and all of one size in a source; tools/align.py makes them of photographs"), j
-        return to_tensor(image, self.size).numpy(), j
+        if self.items is not None:
+            return self.items[i]
+        image, i = self.readable(i)
+        side = self.sides[i]
+        if image.size != (side, side):
+            raise ValueError(f"{self.path(i)}: {image.width} x {image.height} pixels, expected {side} x {side}: "
+                             "aligned faces, square and all of one size in a source; tools/align.py makes them")
+        return to_tensor(image, self.size).numpy(), i
 
     def loader(self, order):
         """Yields images (B, 3, S, S) and their indices (B,) for each batch of indices in `order`."""
         # Workers are slow to start. Arrays reach them by pipe; tensors would need /dev/shm.
-        workers = 0 if self.images is not None or len(self) <= 100 else processors()
+        workers = 0 if self.items is not None or len(self) <= 100 else processors()
+        pin = DEVICE.type == "cuda"                                 # also for its thread, which reads ahead
         loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers, collate_fn=stacked,
-                            pin_memory=DEVICE.type == "cuda")               # for its thread, which reads ahead
-        for images, indices in loader:
-            if isinstance(images, str):                 # a worker that ended the run itself would hang it
-                fail(images)
-            images = torch.from_numpy(images)
-            yield images.pin_memory() if DEVICE.type == "cuda" else images, torch.from_numpy(indices)
+                            pin_memory=pin)
+        try:
+            for images, indices in loader:
+                images = torch.from_numpy(images)
+                yield images.pin_memory() if pin else images, torch.from_numpy(indices)
+        except ValueError as error:                                 # a worker's comes with its traceback
+            fail(str(error).splitlines()[-1].removeprefix("ValueError: "))
 
     def scan(self, indices, title):
         """Yields the images at `indices` (M,) once, in batches as `loader` does, under a progress bar."""
@@ -231,13 +226,21 @@ class Faces(Dataset):
         return tqdm(self.loader(order), title, len(order), leave=False)
 
 
+def refuse_strangers(root, identities, before, known):
+    """Says which identities of a source are people of the sources `before`; ends the program if they may be others.
+
+    Bare numbers name different people in different sources: numbers that are `known` already are refused.
+    """
+    if shared := before.keys() & identities:
+        print(f"{root}: {len(shared)} of its people are in the sources before it, by their names, such as {min(shared)}")
+    if numbers := [name for name in identities & {*known} if name.isdigit()]:
+        fail(f"{root}: {len(numbers)} of its people are numbers that the sources before it have, too, such as "
+             f"{min(numbers)}; they may be strangers: give them other names, in folders, or use one of the sources")
+
+
 def stacked(items):
-    """Items of `Faces` as one batch of arrays; or why one of them is refused, and their indices."""
-    images, indices = zip(*items)
-    for image in images:
-        if isinstance(image, str):
-            return image, indices
-    return np.stack(images), np.array(indices)
+    """Items of `Faces` as one batch of arrays."""
+    return [np.stack(part) for part in zip(*items)]
 
 
 def batches(faces, batch, seed, first, last):
@@ -258,10 +261,10 @@ def batches(faces, batch, seed, first, last):
         yield to_float(images), labels, landmarks
 
 
-# --------------------------------------------------------------------------------- benchmarks and landmarks
+# ------------------------------------------------------------------------------------------------ benchmarks
 
 def read_benchmark(path, size):
-    """An InsightFace .bin: uint8 images (2P, 3, S, S), pair p is 2p and 2p + 1; same person or not (P,)."""
+    """An InsightFace .bin: uint8 images (2P, 3, S, S), pair p being 2p and 2p + 1; same person or not (P,)."""
     from tools.insightface import read_bin
     decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
     with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
@@ -278,7 +281,7 @@ def named_benchmarks(paths):
     return named
 
 
-# --------------------------------------------------------------------------------- landmarks and the detector
+# ----------------------------------------------------------------------------------------- tables, landmarks
 
 # Where the five landmarks lie in an aligned 112 x 112 crop: the ArcFace template.
 TEMPLATE = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655],
@@ -287,15 +290,15 @@ TEMPLATE = torch.tensor([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.73
 
 def read_csv(path):
     """The rows of a CSV file; names of files may hold any character, and bytes that are not UTF-8."""
-    return [row for row in csv.reader(io.StringIO(os.fsdecode(path.read_bytes()), newline="")) if row]
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [row for row in csv.reader(file) if row]
 
 
 def write_csv(path, header, rows):
-    """Writes a CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    """Writes a CSV file, row by row."""
     with replacing(path) as temporary:
-        temporary.write_bytes(os.fsencode(text.getvalue()))
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(itertools.chain([header], rows))
 
 
 def write_landmarks(path, rows):

@@ -11,6 +11,7 @@ picture. fr_train.py tests with `verification`, and sample.py judges its picture
 import argparse
 import json
 from collections import namedtuple
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -222,65 +223,56 @@ def draw_closest(path, data, found, real):
     """Writes a picture of the eight images nearest to a real image, above the real images."""
     cosine, which = found["image"]
     top = cosine.argsort(descending=True)[:8]
-    images = [some.faces[i][0] for some, chosen in ((data, top), (real, which[top]))
-              for i in some.index[chosen.cpu()]]
+    images = [data.faces[i][0] for i in data.index[top.cpu()]]
+    images += [real.faces[i][0] for i in real.index[which[top].cpu()]]
     with replacing(path) as temporary:
         save_image(torch.from_numpy(np.stack(images)) / 255, temporary, "JPEG", nrow=len(top))
 
 
 # ----------------------------------------------------------------------------------------------------- report
 
-def verify(recognisers, benchmarks):
-    """{recogniser: {benchmark: accuracy and its standard deviation}}, on benchmarks {name: path}."""
+def verify(recognisers, benchmarks, averaged):
+    """{recogniser: {benchmark: {accuracy, std}, "average": of those `averaged`}}, on benchmarks {name: path}."""
     models = {folder: {} for folder in recognisers}
+    read = lru_cache(1)(read_benchmark)                         # once for all recognisers of one size
     for name, path in benchmarks.items():
-        read = {}                                               # by image size, in which recognisers may differ
         for folder, (backbone, _, _) in recognisers.items():
-            size = backbone.config["size"]
-            if size not in read:
-                read[size] = read_benchmark(path, size)
-            images, same = read[size]
+            images, same = read(path, backbone.config["size"])
             models[folder][name] = verification(pair_distances(backbone, images), same)
+    for scores in models.values():
+        scores["average"] = float(np.mean([scores[name]["accuracy"] for name in averaged]))
     return models
 
 
 def table(title, rows):
     """A title and {row: {column: value}} as a Markdown table; None is a dash, nested values are left out."""
-    columns = [name for name, value in next(iter(rows.values())).items() if not isinstance(value, dict)]
+    def cell(value):
+        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    columns = [name for name, value in [*rows.values()][0].items() if not isinstance(value, dict)]
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    for name, row in rows.items():
-        lines.append([name])
-        for value in map(row.get, columns):
-            if value is None:
-                value = "-"
-            elif isinstance(value, float):
-                value = f"{value:.3g}"
-            lines[-1].append(str(value))
-    body = ["| " + " | ".join(f"{cell:>13}" for cell in line) + " |" for line in lines]
+    lines += [[name, *(cell(row[column]) for column in columns)] for name, row in rows.items()]
+    body = ["| " + " | ".join(text.rjust(13) for text in line) + " |" for line in lines]
     return "\n".join([title, "", *body, "\n"])
 
 
-def describe(report):
+def describe(report, averaged):
     """The report as Markdown tables."""
     text = ""
-    if counted := report["average_of"]:
+    if averaged:
         rows = {}
         for folder, scores in report["models"].items():
             rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
                             for name, score in scores.items() if name != "average"}
             rows[folder]["average"] = f"{100 * scores['average']:.2f}"
-        absent = [title for name, title in FIELD.items() if name not in counted]
-        title = "Accuracy: mean ± standard deviation over folds, percent"
-        text += table(f"{title}; average of {', '.join(counted)}; absent: {', '.join(absent) or 'none'}", rows)
-
+        absent = ", ".join(title for name, title in FIELD.items() if name not in averaged) or "none"
+        text += table("Accuracy: mean ± standard deviation over folds, percent; "
+                      f"average of {', '.join(averaged)}; absent: {absent}", rows)
     if report["datasets"]:
         rows = report["datasets"] | {"the real faces": report["real"]}
         text += table(f"Quality of datasets, judged by {report['judge']}", rows)
-        title = f"Leakage: images and identities over the thresholds, copies; cap {report['cap']:.3f}"
-        leakage = report["real"]["leakage"]
-        if report["cap"] in (leakage["threshold"], leakage["image_threshold"]):
-            title += "; the CAP APPLIES: the judge is weak, or people are labelled wrongly"
-        text += table(title, {name: row["leakage"] for name, row in rows.items()})
+        leakage = {name: row["leakage"] for name, row in rows.items()}
+        text += table(f"Leakage: images and identities over the thresholds, copies; {report['cap']}", leakage)
     return text
 
 
@@ -308,18 +300,19 @@ def main():
 
     # Accuracy. The average is of the field's five alone, so that it compares; of all if none of these is there.
     of_field = {name: benchmarks[name] for name in FIELD if name in benchmarks}
-    report = {"judge": folders[0], "average_of": [*(of_field or benchmarks)], "datasets": {}}
-    report["models"] = verify(recognisers, of_field | benchmarks)           # in the field's order
-    for scores in report["models"].values():
-        if benchmarks:
-            scores["average"] = float(np.mean([scores[name]["accuracy"] for name in report["average_of"]]))
+    averaged = [*(of_field or benchmarks)]
+    models = verify(recognisers, of_field | benchmarks, averaged) if benchmarks else {}
+    report = {"judge": folders[0], "models": models, "datasets": {}}
 
     # Quality and leakage.
     leaks = []
     if datasets:
         real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]))
         strangers = resemblance(real, real, real.labels)
-        thresholds, report["cap"] = thresholds_of(real, strangers)
+        thresholds, cap = thresholds_of(real, strangers)
+        report["cap"] = f"cap {cap:.3f}"
+        if cap in thresholds.values():
+            report["cap"] += "; the CAP APPLIES: the judge is weak, or people are labelled wrongly"
         for number, name in enumerate(datasets, 1):
             data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"]))
             found = resemblance(data, real)
@@ -329,7 +322,7 @@ def main():
         report["real"] = report_row(real, strangers, thresholds, prototypes)
         report["real"]["leakage"]["verdict"] = "baseline"
 
-    text = describe(report)
+    text = describe(report, averaged)
     print(text)
     write_csv(out / "leaks.csv", ["dataset", "file", "test", "similarity", "person", "image"], leaks)
     for name, content in (("report.json", json.dumps(report, indent=1)), ("report.md", text)):
