@@ -12,9 +12,7 @@ import itertools
 import json
 import os
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +40,9 @@ def open_image(file):
         image.load()
         with contextlib.suppress(Exception):                                # EXIF tags may be broken
             ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":                                               # 16 or 32 bits of grey
+    if image.mode[0] in "IF":                                               # grey, 16 or 32 bits deep
         values = np.asarray(image).astype(np.float32)
-        whites = (1, 255, 2 ** 16 - 1) if image.mode == "F" else (2 ** 16 - 1, 2 ** 31)
-        white = min((white for white in whites if values.max() <= white), default=values.max())
+        white = next((white for white in (1, 255, 2 ** 16 - 1) if values.max() <= white), values.max())
         image = Image.fromarray((values * 255 / white).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -87,8 +84,7 @@ def open_source(name):
     if not (root / "manifest.csv").is_file():
         fail(f"{root}: sample.py has not finished it; give its command again")
     with reading(root / "run.json", "the settings of sample.py"):
-        settings = json.loads((root / "run.json").read_text())
-        return root, settings["real_to"] is not None
+        return root, json.loads((root / "run.json").read_text())["real_to"] is not None
 
 
 def list_files(root):
@@ -106,19 +102,11 @@ def list_files(root):
 
 def list_images(root):
     """The names identity/image of the images in the folders of a folder."""
-    names, others = [], Counter()
-    for name in list_files(root):
-        suffix = Path(name).suffix.lower()
-        if "/" not in name:                                         # landmarks.csv and the like
-            continue
-        if suffix in SUFFIXES:
-            names.append(name)
-        else:
-            others[suffix] += 1
+    files = [name for name in list_files(root) if "/" in name]      # landmarks.csv and the like lie above
+    others = [name for name in files if Path(name).suffix.lower() not in SUFFIXES]
     if others:
-        print(f"{root}: left out, because they are no images by their names: "
-              + ", ".join(f"{count} {suffix}" for suffix, count in others.most_common()))
-    return sorted(names)
+        print(f"{root}: left out {len(others)} files that are no images by their names, such as {others[0]}")
+    return sorted({*files} - {*others})
 
 
 def list_source(root):
@@ -238,6 +226,13 @@ def refuse_strangers(root, identities, before, known):
              f"{min(numbers)}; they may be strangers: give them other names, in folders, or use one of the sources")
 
 
+def rows_of(people, names):
+    """Where each of the people (I,) stands in `names`; those who do not get numbers after the last."""
+    row_of = {name: len(names) + i for i, name in enumerate(people)}
+    row_of |= {name: row for row, name in enumerate(names)}
+    return torch.tensor([row_of[name] for name in people])
+
+
 def stacked(items):
     """Items of `Faces` as one batch of arrays."""
     return [np.stack(part) for part in zip(*items)]
@@ -249,15 +244,17 @@ def batches(faces, batch, seed, first, last):
     They follow from seed and step, so a resumed run sees what it would have seen. The rest of an epoch is
     left out.
     """
-    @lru_cache(1)
-    def shuffled(epoch):
-        return np.random.default_rng([abs(seed), epoch]).permutation(len(faces))
-
     per_epoch = len(faces) // batch
-    order = (shuffled(step // per_epoch)[step % per_epoch * batch:][:batch] for step in range(first, last))
-    for images, i in faces.loader(order):
-        images, labels, landmarks = (part.to(DEVICE, non_blocking=True)
-                                     for part in (images, faces.labels[i], faces.landmarks[i]))
+
+    def order():
+        for epoch in itertools.count(first // per_epoch):
+            shuffled = np.random.default_rng([abs(seed), epoch]).permutation(len(faces))
+            yield from shuffled[:per_epoch * batch].reshape(per_epoch, batch)
+
+    before = first % per_epoch                                      # steps of this epoch that are done
+    for images, i in faces.loader(itertools.islice(order(), before, before + last - first)):
+        parts = (images, faces.labels[i], faces.landmarks[i])
+        images, labels, landmarks = (part.to(DEVICE, non_blocking=True) for part in parts)
         yield to_float(images), labels, landmarks
 
 
@@ -311,23 +308,21 @@ def read_landmarks(root, names, side):
     """Landmarks (M, 5, 2) in [0, 1] of the images `names` of `side` pixels; NaN where landmarks.csv has none.
     """
     path, row_of = root / "landmarks.csv", {name: i for i, name in enumerate(names)}
-    landmarks, unknown = torch.full((len(names), 5, 2), torch.nan), []
+    landmarks = torch.full((len(names), 5, 2), torch.nan)
     if not path.is_file():
         return landmarks
     with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"):
         lines = read_csv(path)
-        if lines and lines[0][-1].strip()[:1].isalpha():
-            lines = lines[1:]                                   # the header
-        for name, *numbers in lines:
+        header = lines and lines[0][-1].strip()[:1].isalpha()
+        rows = {name: numbers for name, *numbers in lines[bool(header):]}
+        for name, numbers in rows.items():
             points = np.array(numbers, np.float64) / side
             if points.shape != (10,) or not (abs(points - 0.5) < 1.5).all():
                 raise ValueError(f"the row of {name} is {numbers}, not ten numbers in or near {side} pixels")
             if name in row_of:
                 landmarks[row_of[name]] = torch.from_numpy(points).view(5, 2)
-            else:
-                unknown.append(name)
-    if unknown:
-        print(f"{path}: {len(unknown)} of its {len(lines)} rows name no image here, such as {unknown[0]}")
+    if unknown := rows.keys() - row_of.keys():
+        print(f"{path}: {len(unknown)} of its {len(rows)} rows name no image here, such as {min(unknown)}")
     distance = (landmarks - TEMPLATE).norm(dim=2).nanmean()
     if distance > 0.2:                      # where files were right, 0.15 at most
         print(f"{path}: WARNING landmarks are {distance:.2f} of the image away from an aligned face's; expected"

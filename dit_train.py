@@ -15,8 +15,8 @@ import torch
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import Faces, batches
-from model import (DEVICE, DIT_SIZES, DiT, autocast, compiled, digest, dit_loss, dpm_solver, embed, fail, guided,
+from data import Faces, batches, rows_of
+from model import (DEVICE, DIT_RECIPES, DIT_SIZES, DiT, autocast, claim, compiled, digest, dit_loss, dpm_solver, embed, fail, guided,
                    load_recogniser, log, positive, replacing, resume, run, save_model, save_state,
                    stop_unless_finite, to_uint8)
 
@@ -45,32 +45,30 @@ def mirror(x, landmarks):
     return torch.where(flip[..., None], x.flip(3), x), torch.where(flip, mirrored, landmarks)
 
 
-def preview(path, dit, backbone, W, n, landmarks, seed, rows=4, columns=8):
-    """Draws four of the n real people of W, and four virtual ones if there are any, a row each.
+def preview(path, dit, backbone, w, landmarks, seed):
+    """Writes a picture of the people w (R, D), a row each, in eight poses of landmarks (M, 5, 2).
 
-    Returns the mean cosine of each four to their own prototypes.
+    Returns the cosine of each drawn face to its prototype, (R, 8).
     """
-    kinds = [kind for kind in (W[:n], W[n:]) if len(kind)]
-    chosen = torch.cat([kind[torch.linspace(0, len(kind) - 1, rows).long()] for kind in kinds])
-    w = chosen.repeat_interleave(columns, 0)
-
-    generator = torch.Generator().manual_seed(seed)
-    poses = landmarks[torch.randint(len(landmarks), (columns,), generator=generator)].repeat(len(chosen), 1, 1)
-    noise = torch.randn(len(w), 3, dit.size, dit.size, generator=generator)
+    generator = torch.Generator().manual_seed(seed)                     # the same poses and noise every time
+    poses = landmarks[torch.randint(len(landmarks), (8,), generator=generator)].to(DEVICE)
+    noise = torch.randn(8 * len(w), 3, dit.size, dit.size, generator=generator).to(DEVICE)
+    everybody = w.repeat_interleave(8, 0)
     with autocast():
-        denoise = guided(dit, w, poses.to(DEVICE), guidance=2.0)        # shows identity sooner
-        images = to_uint8(dpm_solver(denoise, noise.to(DEVICE), steps=10))
+        denoise = guided(dit, everybody, poses.repeat(len(w), 1, 1), guidance=2.0)      # shows identity sooner
+        images = to_uint8(dpm_solver(denoise, noise, steps=10))
     with replacing(path) as temporary:
-        save_image(images.cpu() / 255, temporary, "JPEG", nrow=columns, padding=1)
-    return (embed(backbone, images) * w).sum(1).view(len(kinds), -1).mean(1).tolist()
+        save_image(images.cpu() / 255, temporary, "JPEG", nrow=8, padding=1)
+    return (embed(backbone, images) * everybody).sum(1).view(-1, 8)
 
 
-def rows_of(people, names, fr):
-    """Which row of W each of the people has; ends the program if somebody has none."""
-    row_of = {name: row for row, name in enumerate(names)}
-    if unknown := sorted(people.keys() - row_of.keys()):
-        fail(f"{fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on this --data")
-    return [row_of[name] for name in people]
+def fill_in(args, faces):
+    """Sets the flags that were left out, by the size of the images and of the network."""
+    args.arch = args.arch or ("Ti/8" if faces.size <= 64 else "B/8")
+    recipe = DIT_RECIPES[args.arch.split("/")[0]]
+    args.steps = args.steps or recipe["steps"]
+    args.lr = args.lr or recipe["lr"]
+    args.batch = min(args.batch or recipe["batch"], len(faces))
 
 
 def main():
@@ -84,30 +82,29 @@ def main():
     args.data = args.data or fr["data"]
     faces = Faces(args.data, fr["config"]["size"])
     W, n = prototypes.to_draw(), len(prototypes.real)
-    own_w = W[rows_of(faces.people, fr["names"], args.fr)]              # own_w[label]: that person's prototype
+    real, virtual = W[:n][:4], W[n:][:4]                                # shown in previews
+    if unknown := sorted(faces.people.keys() - fr["names"]):
+        fail(f"{args.fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on this --data")
+    own_w = W[rows_of(faces.people, fr["names"])]                       # own_w[label]: that person's prototype
 
-    # How to train: by the network's size, unless a flag says otherwise.
-    args.arch = args.arch or ("Ti/8" if faces.size <= 64 else "B/8")
-    name, patch = args.arch.split("/")
-    recipe = DIT_SIZES[name]
-    steps, lr = args.steps or recipe["steps"], args.lr or recipe["lr"]
-    batch = min(args.batch or recipe["batch"], len(faces))
+    fill_in(args, faces)
+    steps, batch = args.steps, args.batch
+    # What must not change when a run continues; --out and --weights may.
+    claim(out, vars(args) | dict(fr=digest(args.fr), images=len(faces), out=None, weights=None))
     if faces.landmarks.isnan().any():
         from tools.retinaface import complete_landmarks
         complete_landmarks(faces, out, args.weights)
 
     # The network, its average, and the state of a run that was killed.
     torch.manual_seed(args.seed)
-    dit = DiT(faces.size, fr["config"]["dim"], int(patch), **recipe["net"]).to(DEVICE)
+    name, patch = args.arch.split("/")
+    dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[name]).to(DEVICE)
     average = copy.deepcopy(dit).requires_grad_(False)
     decay = min(0.9999, steps / (steps + 20))               # the average spans a twentieth of short runs
     fast, fast_backbone = compiled(dit, steps * batch), compiled(backbone, steps * batch)
-    optimizer = torch.optim.AdamW(dit.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
-    # What must not change when a run continues; --out and --weights may.
-    settings = vars(args) | dict(fr=digest(args.fr), steps=steps, batch=batch, images=len(faces), out=None,
-                                 weights=None)
-    first = resume(out / "state.pt", settings, modules)
+    first = resume(out, modules)
 
     every = min(5000, math.ceil(steps / 6))                 # steps between previews and saves
     losses = torch.zeros(2, device=DEVICE)
@@ -115,7 +112,7 @@ def main():
     for step, (x, labels, landmarks) in enumerate(progress, first):
         torch.manual_seed(args.seed * 1_000_003 + step)     # a resumed run repeats itself
         for group in optimizer.param_groups:                # warm-up, then linearly down
-            group["lr"] = lr * min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
+            group["lr"] = args.lr * min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
 
         x, landmarks = mirror(x, landmarks)
         with autocast():
@@ -135,13 +132,13 @@ def main():
             mse, identity = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             losses.zero_()
             path = out / f"preview-{step + 1:06d}.jpg"
-            cosines = preview(path, average, backbone, W, n, faces.landmarks, args.seed)
+            cosines = preview(path, average, backbone, torch.cat([real, virtual]), faces.landmarks, args.seed)
             parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
-            save_model(out, "dit", average.config, parts, fr_sha256=settings["fr"], step=step + 1, steps=steps)
-            save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
+            save_model(out, "dit", average.config, parts, fr_sha256=digest(args.fr), step=step + 1, steps=steps)
+            save_state(out, step + 1, modules)                  # last: never newer than the model
             line = f"step {step + 1:6d}/{steps}  loss v {mse:.4f} identity {identity:.4f}  own cosine"
-            for kind, cosine in zip(("real", "virtual"), cosines):
-                line += f" {kind} {cosine:.3f}"
+            line += f" real {cosines[:len(real)].mean():.3f}"
+            line += f" virtual {cosines[len(real):].mean():.3f}" if len(virtual) else ""
             log(out, line)
 
 

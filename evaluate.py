@@ -60,16 +60,11 @@ def verification(distance, same, folds=10):
 
 # ------------------------------------------------------------------------------- quality and leakage of a set
 
-def nearest(queries, targets, labels=None, target_labels=None):
+def nearest(queries, targets, labels, target_labels):
     """Cosine to, and index of, the nearest unit target (K, D) for each unit query (M, D): (M,) each.
 
-    Where labels (M,) are given, targets of the same label do not count; target j has the label j by default.
+    Targets of the same label, (M,) and (K,), do not count.
     """
-    if labels is None:
-        labels = queries.new_full((len(queries),), -1)                  # nobody's
-    if target_labels is None:
-        target_labels = torch.arange(len(targets), device=targets.device)
-
     found = []
     bound = 2 ** 30 if queries.is_cuda else 2 ** 26                     # of the cosines held at once
     chunk = max(1, bound // len(targets))
@@ -137,8 +132,11 @@ def resemblance(faces, real, own=None):
     centre: to the nearest person's centre. image: to the nearest image. copy: to the nearest thumbnail,
     mirrored or not, if `faces` have thumbnails. Images of the person own (M,), if given, are left out.
     """
+    own = torch.full_like(faces.labels, -1) if own is None else own             # -1 is nobody's label
     centres = F.normalize(class_sums(real.f, real.labels)[0]).to(real.f)
-    found = {"centre": nearest(faces.f, centres, own), "image": nearest(faces.f, real.f, own, real.labels)}
+    people = torch.arange(len(centres), device=own.device)
+    found = {"centre": nearest(faces.f, centres, own, people),
+             "image": nearest(faces.f, real.f, own, real.labels)}
     if faces.thumbs is not None:
         mirrored = real.thumbs.view(-1, 16, 16).flip(2).flatten(1)
         cosine, which = nearest(faces.thumbs, torch.cat([real.thumbs, mirrored]), own, real.labels.repeat(2))
@@ -291,10 +289,8 @@ def main():
     if datasets is None:
         datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() and sources else []
     benchmarks = named_benchmarks(args.pairs or meta["val"])
-    if args.strict and not datasets:
-        fail("--strict: there is no set to judge; sample one, or name it with --datasets")
-    if not datasets and not benchmarks:
-        fail("there is no benchmark and no set: name some with --pairs, --datasets")
+    if not datasets and (args.strict or not benchmarks):
+        fail("there is no set to judge: sample one, or name it with --datasets; or name benchmarks with --pairs")
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
 

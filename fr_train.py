@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import Faces, batches, demo, named_benchmarks, read_benchmark
 from evaluate import pair_distances, verification
-from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, compiled, embed, fail, log,
+from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, claim, compiled, embed, fail, log,
                    person_moment, positive, resume, run, save_model, save_state, stop_unless_finite, vigface_loss,
                    virtual_batch_size)
 
@@ -54,31 +54,34 @@ def augment(x, p=0.2):
     B, _, S, _ = x.shape
 
     def uniform(low, high):
-        return low + (high - low) * torch.rand(B, 1, 1, 1, device=x.device)
+        return torch.empty(B, 1, 1, 1, device=x.device).uniform_(low, high)
 
     x = torch.where(uniform(0, 1) < 0.5, x, x.flip(3))
 
-    # A box of a share of the image's area, and of a ratio of its sides.
-    area, log_ratio = uniform(0.2, 1), uniform(math.log(3 / 4), math.log(4 / 3))
-    height, width = (area / log_ratio.exp()).sqrt(), (area * log_ratio.exp()).sqrt()
+    # A box with some share of the image's area and some ratio of its sides, put by chance.
+    area, ratio = uniform(0.2, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+    height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+    top, left = uniform(0, 1) * (1 - height), uniform(0, 1) * (1 - width)
     grid = (torch.arange(S, device=x.device) + 0.5) / S
-    rows, columns = inside(grid, height.clamp(max=1)), inside(grid, width.clamp(max=1))     # (B, 1, 1, S) each
-    cropped = torch.where(rows.mT & columns, x, -1.0)                                       # -1 is black
+    rows = ((grid > top) & (grid < top + height)).mT                            # (B, 1, S, 1)
+    columns = (grid > left) & (grid < left + width)                             # (B, 1, 1, S)
+    cropped = torch.where(rows & columns, x, -1.0)                              # -1 is black
     return torch.where(uniform(0, 1) < p, cropped, x)
 
 
-def inside(grid, length):
-    """Which places of `grid` (S,), in [0, 1], lie in intervals of these lengths (B, 1, 1, 1), put by chance."""
-    start = torch.rand_like(length) * (1 - length)
-    return (grid > start) & (grid < start + length)
-
-
-def check(size, n, batch, k):
-    """Ends the program if a run of these settings cannot be."""
-    if size % 16 or size < 32:
-        fail(f"--size {size}: expected a multiple of 16, 32 or more; name one (tools/align.py crops photographs)")
-    if n < 2 or batch < 2 or k < 0:
-        fail(f"expected 2 or more people, --batch of 2 or more, --virtual of 0 or more; found {n}, {batch}, {k}")
+def fill_in(args, faces):
+    """Sets the flags that were left out, by the faces; ends the program if a run of these flags cannot be."""
+    n, args.size = len(faces.people), faces.size
+    args.virtual = n if args.virtual is None else args.virtual
+    args.arch = args.arch or ("tiny" if args.size <= 64 else "ir_se50")
+    recipe = RECOGNISERS[args.arch]
+    args.batch = min(args.batch or recipe["batch"], len(faces))
+    if args.size % 16 or args.size < 32:
+        fail(f"--size {args.size}: expected a multiple of 16, 32 or more (tools/align.py crops photographs)")
+    if n < 2 or args.batch < 2 or args.virtual < 0:
+        fail("expected 2 or more people, --batch of 2 or more, --virtual of 0 or more; found "
+             f"{n}, {args.batch}, {args.virtual}")
+    args.epochs = args.epochs or max(recipe["epochs"], math.ceil(1250 / (len(faces) // args.batch)))
 
 
 @torch.no_grad()
@@ -94,31 +97,24 @@ def main():
     args.data = args.data or [demo()]
     out = Path(args.out)
 
-    # The faces, and what they decide about the run.
     faces = Faces(args.data, args.size)
-    n, size = len(faces.people), faces.size
-    k = n if args.virtual is None else args.virtual
-    args.arch = args.arch or ("tiny" if size <= 64 else "ir_se50")
-    recipe = RECOGNISERS[args.arch]
-    batch = min(args.batch or recipe["batch"], len(faces))
-    check(size, n, batch, k)
+    fill_in(args, faces)
+    n, k, batch, recipe = len(faces.people), args.virtual, args.batch, RECOGNISERS[args.arch]
     per_epoch = len(faces) // batch
-    epochs = args.epochs or max(recipe["epochs"], math.ceil(1250 / per_epoch))
-    steps = epochs * per_epoch
+    steps = args.epochs * per_epoch
     val = args.val or [path for source in args.data for path in sorted(Path(source).glob("*.bin"))]
-    benchmarks = {name: read_benchmark(path, size) for name, path in named_benchmarks(val).items()}
+    benchmarks = {name: read_benchmark(path, args.size) for name, path in named_benchmarks(val).items()}
 
     # The networks, and the state of a run that was killed.
     torch.manual_seed(args.seed)
-    backbone = Recogniser(size=size, **recipe["net"]).to(DEVICE, memory_format=torch.channels_last)
+    backbone = Recogniser(size=args.size, **recipe["net"]).to(DEVICE, memory_format=torch.channels_last)
     prototypes = Prototypes(n, k, backbone.config["dim"], args.paper).to(DEVICE)
     fast = compiled(backbone, steps * batch)
     optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     # What must not change when a run continues; --out and --val may.
-    settings = vars(args) | dict(size=size, virtual=k, batch=batch, epochs=epochs, images=len(faces), people=n,
-                                 out=None, val=None)
-    first = resume(out / "state.pt", settings, modules)
+    claim(out, vars(args) | dict(images=len(faces), people=n, out=None, val=None))
+    first = resume(out, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 
     # Whole epochs, at least a tenth of the run and 100 steps, between tests and saves.
@@ -152,10 +148,10 @@ def main():
             if step + 1 == steps and k:
                 settle(backbone, prototypes, faces)
             weights = {name: modules[name].state_dict() for name in ("backbone", "prototypes")}
-            save_model(out, "fr", backbone.config, weights, data=args.data, val=[*map(str, val)],
-                       names=[*faces.people], step=step + 1, steps=steps)
-            save_state(out / "state.pt", settings, step + 1, modules)   # last: never newer than the model
-            line = f"epoch {(step + 1) // per_epoch}/{epochs}  lr {lr:.4f}  "
+            save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, names=[*faces.people],
+                       data=args.data, val=[*map(str, val)], step=step + 1, steps=steps)
+            save_state(out, step + 1, modules)                          # last: never newer than the model
+            line = f"epoch {(step + 1) // per_epoch}/{args.epochs}  lr {lr:.4f}  "
             line += "loss real {:.3f} virtual {:.3f} quality {:.3f}".format(*means)
             for name, (images, same) in benchmarks.items():
                 line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"

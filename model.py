@@ -84,9 +84,10 @@ def to_uint8(images):
 def autocast():
     """bf16 autocast where bf16 is fast: on GPUs since Ampere and CPUs with AVX512-BF16 or AMX."""
     if DEVICE.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast("cuda", torch.bfloat16, enabled=native)
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=fast)
 
 
 def compiled(module, seen):
@@ -214,6 +215,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, n, k, dim, paper=False):
         super().__init__()
+        self.config = dict(n=n, k=k, dim=dim, paper=paper)
         self.paper = paper                                              # exactly as published
         self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
         self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
@@ -501,12 +503,15 @@ class DiT(nn.Module):
         return (a * x_t - x0) / s.clamp(min=0.05)
 
 
-# Networks by name, and how dit_train.py trains them: steps, images a step, learning rate. paper: not given.
 DIT_SIZES = {
-    "Ti": dict(steps=1100, batch=32, lr=2e-3, net=dict(width=192, depth=6, heads=3)),
-    "S": dict(steps=200_000, batch=256, lr=2e-4, net=dict(width=384, depth=12, heads=6)),
-    "B": dict(steps=200_000, batch=256, lr=2e-4, net=dict(width=768, depth=12, heads=12)),
-    "L": dict(steps=200_000, batch=256, lr=2e-4, net=dict(width=1024, depth=24, heads=16))}
+    "Ti": dict(width=192, depth=6, heads=3),
+    "S": dict(width=384, depth=12, heads=6),
+    "B": dict(width=768, depth=12, heads=12),
+    "L": dict(width=1024, depth=24, heads=16)}
+
+# How dit_train.py trains them. paper: not given; here B's recipe is untuned, and S and L share it.
+DIT_RECIPES = {"Ti": dict(steps=1100, batch=32, lr=2e-3)}
+DIT_RECIPES |= dict.fromkeys(("S", "B", "L"), dict(steps=200_000, batch=256, lr=2e-4))
 
 
 # ----------------------------------------------------------- diffusion: the one place that states conventions
@@ -664,43 +669,48 @@ def load_recogniser(path, bgr=None):
     """Backbone and prototypes, frozen, on DEVICE, and metadata, of a run folder or of published weights."""
     if Path(path).is_file():
         from tools.published import load_published
-        backbone, config = load_published(path, bgr)
-        prototypes = Prototypes(0, 0, config["dim"]).requires_grad_(False)
-        meta = {"config": config, "names": [], "data": [], "val": []}
+        tensors, meta = load_published(path, bgr)
     else:
         tensors, meta = load_model(path, "fr")
-        backbone = build(Recogniser, tensors, "backbone", path, meta["config"])
-        n, k = (len(tensors.get(f"prototypes.{kind}", ())) for kind in ("real", "virtual"))
-        sizes = dict(n=n, k=k, dim=meta["config"]["dim"])
-        prototypes = build(Prototypes, tensors, "prototypes", path, sizes)
+    backbone = build(Recogniser, tensors, "backbone", path, meta["config"])
+    prototypes = build(Prototypes, tensors, "prototypes", path, meta.get("prototypes", {}))
     return backbone.to(DEVICE, memory_format=torch.channels_last), prototypes.to(DEVICE), meta
 
 
-def same_settings(path, before, now):
-    """Ends the program unless the run saved at `path` had the settings of this command."""
-    for key, value in now.items():
-        if before.get(key) != value:
-            fail(f"{path}: started with {key} = {before.get(key)}, now {value}; set it back or change --out")
-
-
-def save_state(path, settings, step, modules):
-    """Writes what a killed run continues from: settings, step, the state of {name: module or optimizer}."""
-    state = {name: module.state_dict() for name, module in modules.items()}
+def claim(out, settings):
+    """Makes `out` the folder of a run with these settings, kept in run.json; ends the program if it is another's.
+    """
+    path = Path(out) / "run.json"
+    if path.is_file():
+        with reading(path, "the settings of a run"):
+            before = dict(json.loads(path.read_text()))
+        for key, value in settings.items():
+            if before.get(key) != value:
+                fail(f"{path}: started with {key} = {before.get(key)}, now {value}; set it back or change --out")
+    elif path.parent.is_dir() and any(not entry.name.startswith("run.json") for entry in path.parent.iterdir()):
+        fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
     with replacing(path) as temporary:
-        torch.save(state | {"settings": settings, "step": step}, temporary)
+        temporary.write_text(json.dumps(settings, indent=1))
 
 
-def resume(path, settings, modules):
-    """Loads the modules saved at `path`, if any, and returns the step; other settings end the program."""
-    if not Path(path).is_file():
+def save_state(out, step, modules):
+    """Writes what a killed run continues from: the step, and the state of {name: module or optimizer}."""
+    state = {name: module.state_dict() for name, module in modules.items()}
+    with replacing(Path(out) / "state.pt") as temporary:
+        torch.save(state | {"step": step}, temporary)
+
+
+def resume(out, modules):
+    """Loads the modules that a killed run saved, if any, and returns its step."""
+    path = Path(out) / "state.pt"
+    if not path.is_file():
         return 0
     with reading(path, "the state of a run (delete it to start over)"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        step = int(state["step"])
-        same_settings(path, state["settings"], settings)
         for name, module in modules.items():
             module.load_state_dict(state[name])
-    print(f"continuing {Path(path).parent} at step {step}")
+        step = int(state["step"])
+    print(f"continuing {out} at step {step}")
     return step
 
 

@@ -21,7 +21,6 @@ continues a killed run; the set comes out the same.
 import argparse
 import hashlib
 import itertools
-import json
 import os
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -29,15 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from data import Faces, open_image, read_csv, write_csv, write_landmarks
-from evaluate import FaceSet, embed_faces, nearest, resemblance, thresholds_of
-from model import (DEVICE, RANK, DiT, autocast, build, compiled, digest, dpm_solver, embed, fail, guided,
-                   load_model, load_recogniser, positive, reading, replacing, run, same_settings, to_uint8)
+from data import Faces, open_image, read_csv, rows_of, write_csv, write_landmarks
+from evaluate import FaceSet, embed_faces, resemblance, thresholds_of
+from model import (DEVICE, RANK, DiT, autocast, build, claim, compiled, digest, dpm_solver, embed, fail, guided,
+                   load_model, load_recogniser, positive, replacing, run, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -62,7 +60,7 @@ Job = namedtuple("Job", "row name index attempt pose")
 
 # What became of it: a row of manifest.csv.
 Verdict = namedtuple("Verdict", "file identity index attempt landmarks_from verdict cos_own cos_nearest_real "
-                                "cos_nearest_image own_is_nearest quality")
+                                "cos_nearest_image")
 
 
 # ------------------------------------------------------------------------------------------- what is needed
@@ -82,23 +80,10 @@ def load(args):
     return dit, tensors["poses.landmarks"], backbone, prototypes, fr
 
 
-def embed_real(backbone, prototypes, names, sources):
-    """The FaceSet of the real faces, labelled with rows of W, and what a picture's cosines must stay below."""
-    faces = Faces(sources, backbone.config["size"])
-    k = len(prototypes.virtual)
-    row_of = {name: len(names) + k + i for i, name in enumerate(faces.people)}      # of people without a prototype
-    row_of |= {name: row for row, name in enumerate(names)}
-    rows = torch.tensor([row_of[name] for name in faces.people], device=DEVICE)
-    real = embed_faces(backbone, prototypes, faces)
-    real = real._replace(labels=rows[real.labels])
-    thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
-    return real, thresholds
-
-
-def people_to_draw(args, names, n, real):
-    """{row of W: number of pictures to draw}; ends the program if there is nobody."""
+def people_to_draw(args, names, n, rows):
+    """{row of W: number of pictures to draw}, given the rows (M,) of real images; ends the program if nobody."""
     if args.real_to:
-        images = torch.bincount(real.labels).tolist()
+        images = torch.bincount(rows).tolist()
         wanted = {row: args.real_to - count for row, count in enumerate(images[:n]) if 0 < count < args.real_to}
         if not wanted:
             fail(f"--real-to {args.real_to}: nobody whom {args.fr} knows has 1 to {args.real_to - 1} images; give more")
@@ -109,23 +94,13 @@ def people_to_draw(args, names, n, real):
     return {n + i: args.per_id for i in range(args.virtual)}
 
 
-def make_job(row, name, index, attempt, seed, poses):
+# ------------------------------------------------------------------------------------------ draw, judge, write
+
+def make_job(seed, row, names, index, attempt, poses):
     """The Job of a picture, in one of so many `poses`, chosen by chance, which a redraw keeps."""
     # paper: does not say which poses; here any training face's, because poses even over yaw taught no more.
-    return Job(row, name, index, attempt, seed_of(seed, name, index) % poses)
+    return Job(row, names[row], index, attempt, seed_of(seed, names[row], index) % poses)
 
-
-def open_set(out, settings):
-    """Ends the program if the folder `out` belongs to something else, or to a set of other settings."""
-    if (out / "run.json").is_file():
-        with reading(out / "run.json", "the settings of a set"):
-            before = json.loads((out / "run.json").read_text())
-            same_settings(out / "run.json", before, settings)
-    elif out.is_dir() and any(not entry.name.startswith("run.json") for entry in out.iterdir()):
-        fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
-
-
-# ------------------------------------------------------------------------------------------ draw, judge, write
 
 def draw(dit, W, poses, jobs, args):
     """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed; the last job fills the batch up.
@@ -142,24 +117,24 @@ def draw(dit, W, poses, jobs, args):
         return to_uint8(dpm_solver(denoise, torch.stack(noise), args.steps))
 
 
-def judge(backbone, prototypes, W, real, thresholds, jobs, images):
+def judge(backbone, W, real, thresholds, jobs, images):
     """A Verdict on the picture of each job: whether it is over a threshold, and so a leak.
 
     Pictures of a real person (--real-to) may resemble this person's own images.
     """
-    f = embed(backbone, images, unit=False)[:len(jobs)] / 2     # of the length that the quality head knows
-    unit = F.normalize(f)
+    f = embed(backbone, images)[:len(jobs)]
     rows = torch.tensor([job.row for job in jobs], device=DEVICE)
-    own = (unit * W[rows]).sum(1)
-    nearest_other, _ = nearest(unit, W, rows)
-    near = resemblance(FaceSet(unit.to(real.f), rows), real, rows)
+    own = (f * W[rows]).sum(1)
+    near = resemblance(FaceSet(f.to(real.f), rows), real, rows)
     centre, image = near["centre"][0], near["image"][0]
     leaks = (centre > thresholds["centre"]) | (image > thresholds["image"])
-    numbers = torch.stack([own, centre, image, own > nearest_other, prototypes.certainty(f)[:, 0]], 1)
 
-    return [Verdict(f"{job.name}/{job.index:04d}.jpg", job.name, job.index, job.attempt, job.pose,
-                    "leak" if leak else "accepted", *map("{:.4f}".format, scores))
-            for job, leak, scores in zip(jobs, leaks.tolist(), numbers.tolist())]
+    verdicts = []
+    for job, leak, cosines in zip(jobs, leaks.tolist(), torch.stack([own, centre, image], 1).tolist()):
+        file, verdict = f"{job.name}/{job.index:04d}.jpg", "leak" if leak else "accepted"
+        cosines = (f"{cosine:.4f}" for cosine in cosines)
+        verdicts.append(Verdict(file, job.name, job.index, job.attempt, job.pose, verdict, *cosines))
+    return verdicts
 
 
 def write_batch(out, jobs, images, verdicts):
@@ -182,43 +157,47 @@ def attempts_after(verdict):
     return ATTEMPTS if verdict.verdict == "accepted" else int(verdict.attempt) + 1
 
 
+def verdicts_of(out):
+    """Yields the verdicts on all pictures that have been drawn for the set `out`, in no order."""
+    for path in (out / ".verdicts").glob("*.csv"):
+        yield from map(Verdict._make, read_csv(path)[1:])
+
+
 def attempts_made(out, people):
     """How many attempts each picture of {name: number of pictures} has had: int8 (people, pictures).
 
     ATTEMPTS says that there is nothing left to do, also where a person wants fewer pictures than others.
     """
     made = np.full((len(people), max(people.values(), default=0)), ATTEMPTS, np.int8)
-    for line, count in zip(made, people.values()):
-        line[:count] = 0
-    line_of = {name: line for line, name in enumerate(people)}
-    for path in (out / ".verdicts").glob("*.csv"):
-        for verdict in map(Verdict._make, read_csv(path)[1:]):
-            if verdict.identity in line_of:                     # other ranks draw the others
-                place = line_of[verdict.identity], int(verdict.index)
-                made[place] = max(made[place], attempts_after(verdict))
+    line_of = dict(zip(people, made))
+    for name, count in people.items():
+        line_of[name][:count] = 0
+    for verdict in verdicts_of(out):
+        if verdict.identity in line_of:                         # other ranks draw the others
+            line, index = line_of[verdict.identity], int(verdict.index)
+            line[index] = max(line[index], attempts_after(verdict))
     return made
 
 
 def finish(out, total, poses, size):
     """Writes landmarks.csv, grid.jpg and manifest.csv, which says that the set is complete; says how it went.
     """
-    # Texts, because millions of lists would not fit in memory. No file's name holds a zero byte.
-    drawn = sorted("\0".join(row) for path in (out / ".verdicts").glob("*.csv") for row in read_csv(path)[1:])
+    # Texts, because millions of tuples would not fit in memory. No file's name holds a zero byte.
+    drawn = sorted("\0".join(verdict) for verdict in verdicts_of(out))
     verdicts = lambda: (Verdict(*text.split("\0")) for text in drawn)
     accepted = lambda: (verdict for verdict in verdicts() if verdict.verdict == "accepted")
-    scores = np.array([(float(verdict.cos_own), float(verdict.own_is_nearest)) for verdict in accepted()])
-    if not len(scores):
+    cosines = np.array([float(verdict.cos_own) for verdict in accepted()])
+    if not len(cosines):
         fail(f"{out}: every picture was too near a real person; train stage 2 longer")
     write_landmarks(out / "landmarks.csv",
                     ((verdict.file, size * poses[int(verdict.landmarks_from)]) for verdict in accepted()))
     draw_grid(out, accepted())
     write_csv(out / "manifest.csv", Verdict._fields, verdicts())
 
-    loud = "WARNING: over half was rejected; " if len(drawn) > 2 * len(scores) else ""
-    cosine, nearest_own = scores.mean(0)
-    print(f"{loud}{out}: {len(scores)} images; by the recogniser that taught them, cosine to the own prototype "
-          f"{cosine:.3f}, the nearest for {nearest_own:.1%}; {len(drawn) - len(scores)} too near a real person, "
-          f"{total - len(scores)} left out")
+    loud = "WARNING: over half was rejected; " if len(drawn) > 2 * len(cosines) else ""
+    print(f"{loud}{out}: {len(cosines)} images; {len(drawn) - len(cosines)} too near a real person, "
+          f"{total - len(cosines)} left out; cosine to the own prototype {cosines.mean():.3f}, by the recogniser "
+          "that taught them")
 
 
 def draw_grid(out, accepted, rows=8, columns=8):
@@ -235,25 +214,28 @@ def draw_grid(out, accepted, rows=8, columns=8):
 def main():
     args = parser.parse_args()
     # paper: 4; here 1: half the cost, and pictures of one person stay varied.
-    args.guidance = args.guidance if args.guidance is not None else 4.0 if args.paper else 1.0
+    args.guidance = args.guidance or (4.0 if args.paper else 1.0)
     if args.steps < 3:
         fail(f"--steps {args.steps}: expected 3 or more; fewer end in a blur")
+    out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
+
+    # Who can draw, whom, and who is real.
     dit, poses, backbone, prototypes, fr = load(args)
     W, n = prototypes.to_draw(), len(prototypes.real)
     names = [*fr["names"], *(f"{digest(args.fr)[:6]}-{i:06d}" for i in range(len(W) - n))]
+    faces = Faces(args.real or fr["data"], dit.size)
+    rows = rows_of(faces.people, names)                         # of W, for each label
+    wanted = people_to_draw(args, names, n, rows[faces.labels])
 
-    out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
     # A set may be moved, or continued with another --batch.
-    settings = vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=digest(args.fr))
-    open_set(out, settings)
+    claim(out, vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=digest(args.fr)))
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
+    real = embed_faces(backbone, prototypes, faces)
+    real = real._replace(labels=rows.to(DEVICE)[real.labels])
+    thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
 
-    real, thresholds = embed_real(backbone, prototypes, fr["names"], args.real or fr["data"])
-    wanted = people_to_draw(args, names, n, real)
-    with replacing(out / "run.json") as path:
-        path.write_text(json.dumps(settings, indent=1))
-
+    # This rank's people, and how far each of their pictures is.
     mine = np.array([*wanted][RANK::int(os.environ.get("WORLD_SIZE", 1))], np.int64)
     made = attempts_made(out, {names[row]: wanted[row] for row in mine})
     fast = compiled(dit, sum(wanted.values()) * args.steps)     # by the whole set, so that all ranks decide alike
@@ -263,11 +245,12 @@ def main():
             todo = np.flatnonzero(made == attempt)
             for first in range(0, len(todo), args.batch):
                 some = todo[first:first + args.batch]
-                lines, indices = np.unravel_index(some, made.shape)
-                jobs = [make_job(row, names[row], index, attempt, args.seed, len(poses))
-                        for row, index in zip(mine[lines].tolist(), indices.tolist())]
+                jobs = []
+                for place in some.tolist():
+                    line, index = divmod(place, made.shape[1])
+                    jobs.append(make_job(args.seed, int(mine[line]), names, index, attempt, len(poses)))
                 images = draw(fast, W, poses, jobs, args)
-                verdicts = judge(backbone, prototypes, W, real, thresholds, jobs, images)
+                verdicts = judge(backbone, W, real, thresholds, jobs, images)
 
                 writing.result()                                # of the batch before; raises what went wrong
                 writing = writer.submit(write_batch, out, jobs, images.cpu(), verdicts)
