@@ -13,7 +13,7 @@ from model import Recogniser, build, fail, reading
 
 
 def read_checkpoint(path):
-    """The tensors {name: tensor} of somebody's .safetensors, .pth, .pt or .ckpt, in fp32; its code is not run."""
+    """The tensors {name: tensor} of a .safetensors, .pth, .pt or .ckpt, in fp32; code in it is not run."""
     if Path(path).suffix == ".safetensors":
         state = safetensors.torch.load_file(path)
     else:
