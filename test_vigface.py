@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -33,7 +32,7 @@ import evaluate
 import fr_train
 import model
 import sample
-from tools import align, retinaface, toys
+from tools import retinaface, toys
 
 HERE = Path(__file__).parent
 THREADS = torch.get_num_threads()
@@ -69,35 +68,6 @@ def stops(capsys, call, *args):
     errors = re.findall("error: .*", capsys.readouterr().err)
     assert stop.value.code == 2 and len(errors) == 1
     return errors[0]
-
-
-@pytest.mark.parametrize("units, se, count",             # IR-SE50, and R18, which AdaFace published
-                         [((3, 4, 14, 3), True, 43_808_320), ((2, 2, 2, 2), False, 24_020_352)])
-def test_published_weights_are_loaded_key_by_key(tmp_path, capsys, units, se, count):
-    net = model.Recogniser(units=units, se=se)
-    state = net.eval().state_dict()
-    assert sum(parameter.numel() for parameter in net.parameters()) == count
-    assert state[f"body.{units[0]}.shortcut_layer.0.weight"].shape == (128, 64, 1, 1)
-    gate = state.get(f"body.{sum(units) - 1}.res_layer.se_block.fc1.weight", torch.empty(0))
-    assert gate.shape == ((32, 512, 1, 1) if se else (0,))
-    state = {f"model.{name}": tensor for name, tensor in state.items()} | {"head.kernel": torch.zeros(512, 9)}
-    torch.save({"state_dict": state, "callbacks": {Path: Path("the trainer's")}}, tmp_path / "a.ckpt")
-    rgb, bgr = (model.load_recogniser(tmp_path / "a.ckpt", bgr)[0] for bgr in (False, True))
-    assert all(torch.equal(rgb.state_dict()[name], tensor) for name, tensor in net.state_dict().items())
-    images = torch.randint(256, (1, 3, 112, 112), dtype=torch.uint8)
-    f = model.embed(rgb, images)
-    assert torch.allclose(f.norm(dim=1), torch.ones(1)) and torch.equal(f, model.embed(rgb, images.flip(3)))
-    assert torch.equal(f, model.embed(bgr, images.flip(1)))
-    bare = {name.removeprefix("model."): tensor for name, tensor in state.items() if "head" not in name}
-    torch.save({f"net.{name}": tensor.double() for name, tensor in bare.items()}, tmp_path / "cvl.pt")
-    save_file({f"model.net.{name}": tensor for name, tensor in bare.items()}, tmp_path / "cvl.safetensors")
-    assert model.load_recogniser(tmp_path / "a.ckpt")[0].bgr                    # AdaFace's; CVLface's read RGB
-    for name in ("cvl.pt", "cvl.safetensors"):
-        assert torch.equal(f, model.embed(model.load_recogniser(tmp_path / name)[0], images))
-    for content in ({"model.extra": torch.zeros(1)}, {"layer1.0.bn1.weight": torch.zeros(1)},
-                    Path("of a class that weights never are")):
-        torch.save(content, tmp_path / "b.pth")
-        assert "b.pth: expected" in stops(capsys, model.load_recogniser, tmp_path / "b.pth")
 
 
 # -------------------------------------------------------------------------------- recogniser and prototypes
@@ -307,24 +277,6 @@ def folder(root, count, per_person, size=32, landmarks=True):
     return images, points
 
 
-def test_landmarks_of_toy_faces_lie_on_their_features():
-    """Where they say an eye is, it is painted: a number of the eyes' colour changes pixels there alone."""
-    assert (people(6, 5)[1] - data.TEMPLATE).abs().mean() < 0.08    # aligned, but for pose
-    spots = toys.PERSON - 7 * len(toys.SPOTS)
-    eyes = spots + 7 * [spot[4] > 1 for spot in toys.SPOTS].index(True)         # brighter than skin
-    who, how = torch.zeros(2, toys.PERSON), torch.zeros(2, toys.PICTURE)
-    who[1, eyes + 4:eyes + 7] = 1
-    how[:, 1] = 0.5                                                             # turned aside
-    images, landmarks = toys.draw_faces(who, how, 112)
-    moved = (images[1] - images[0]).abs().sum(0)
-    places = [(round(112 * x), round(112 * y)) for x, y in landmarks[0, :2].tolist()]
-    near = sum(moved[y - 9:y + 10, x - 12:x + 13].sum() for x, y in places)
-    assert near / moved.sum() > 0.95
-    _, points = toys.draw_faces(torch.zeros(2, toys.PERSON), torch.eye(2, toys.PICTURE), 112)
-    nose = points[:, 2, 0] - points[:, :2, 0].mean(1)                           # from between the eyes
-    assert (nose[1] - nose[0]).abs() > 0.03                                     # the second number is yaw
-
-
 def stored(image, kind="PNG", **options):
     """A PIL image encoded, as an open file."""
     image.save(buffer := io.BytesIO(), kind, **options)
@@ -434,128 +386,7 @@ def test_files_and_rows_that_are_not_used_are_said(tmp_path, capsys):
     assert "WARNING" in capsys.readouterr().out
 
 
-def test_benchmark_round_trip(tmp_path):
-    flat = torch.stack([torch.full((4, 3, 8, 8), 10 * i, dtype=torch.uint8) for i in range(20)])
-    toys.write_bin(tmp_path / "t.bin", flat, 300, torch.Generator().manual_seed(0))
-    images, same = data.read_benchmark(tmp_path / "t.bin", 8)
-    first, second = images[0::2, 0, 0, 0], images[1::2, 0, 0, 0]
-    assert torch.equal(first == second, same) and same.float().mean() == 0.5
-    for fold in range(10):                                                      # folds share no person
-        assert len({*first.chunk(10)[fold].tolist(), *second.chunk(10)[fold].tolist()}) == 2
-    encoded, truth = pickle.loads((tmp_path / "t.bin").read_bytes())            # and as numpy's arrays
-    arrays = [np.frombuffer(image, np.uint8) for image in encoded]
-    for protocol, labels in itertools.product((0, 2, 5), (truth, np.array(truth), np.array(truth)[:, None],
-                                                          [*np.array(truth)], np.array(truth, np.int64))):
-        (tmp_path / "n.bin").write_bytes(pickle.dumps((arrays, labels), protocol))
-        assert all(map(torch.equal, data.read_benchmark(tmp_path / "n.bin", 8), (images, same)))
-
-
 PNG = jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))
-
-
-class Pointers:
-    """Unpickled, an array of objects at addresses of somebody's choice."""
-    def __reduce__(self):
-        return np.ndarray, ((10,), "O", b"A" * 80)
-
-
-@pytest.mark.parametrize("content", [
-    pickle.dumps(([PNG] * 20, Pointers())), pickle.dumps(([Pointers()] * 20, [True, False] * 5)),
-    pickle.dumps(([PNG] * 21, [True, False] * 5)), pickle.dumps(([PNG] * 20, [True, False] * 5))[:-40],
-    pickle.dumps(([PNG] * 20, [True] * 10)), pickle.dumps(([PNG[:30]] * 20, [True, False] * 5)),
-    pickle.dumps(([], [])), pickle.dumps(7), b"", b"cos\nsystem\n(S'touch owned'\ntR."])
-def test_a_malformed_benchmark_is_one_clear_line_and_runs_nothing(tmp_path, monkeypatch, capsys, content):
-    monkeypatch.chdir(tmp_path)
-    Path("x.bin").write_bytes(content)
-    assert "x.bin" in stops(capsys, data.read_benchmark, "x.bin", 8)
-    assert os.listdir() == ["x.bin"]
-
-
-def test_the_detector_decodes_its_anchors_as_a_loop_does():
-    net = retinaface.RetinaFace().eval()
-    for head, biases in ((net.ClassHead, (0., 1, 0, 2)), (net.BboxHead, (.5, -1, .2, .4) * 2),
-                         (net.LandmarkHead, [0.1 * i for i in range(20)])):
-        for level in head:
-            torch.nn.init.zeros_(level["conv1x1"].weight)
-            level["conv1x1"].bias.data = torch.tensor(biases)
-    with torch.no_grad():
-        scores, boxes, points = net(torch.zeros(1, 3, 70, 100, dtype=torch.uint8))
-    places = [((column + .5) * step, (row + .5) * step, anchor, sides[anchor])
-              for step, sides in ((8, (16, 32)), (16, (64, 128)), (32, (256, 512)))
-              for row in range(-(-70 // step)) for column in range(-(-100 // step)) for anchor in (0, 1)]
-    for found, box, face, (x, y, anchor, side) in zip(scores[0], boxes[0], points[0], places, strict=True):
-        w, h, cx, cy = side * math.exp(.04), side * math.exp(.08), x + .05 * side, y - .1 * side
-        assert found == pytest.approx(1 / (1 + math.exp(-1 - anchor)))
-        assert box.tolist() == pytest.approx([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], abs=1e-3)
-        naive = [at + .1 * side * .1 * (10 * anchor + i) for i, at in enumerate([x, y] * 5)]
-        assert face.flatten().tolist() == pytest.approx(naive, abs=1e-3)
-
-
-@pytest.mark.parametrize("zoom, angle", [(1.0, 0.0), (0.6, 0.4), (6.0, -0.7)])
-def test_crops_put_the_landmarks_where_they_say(zoom, angle):
-    turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    points = 112 * zoom * (data.TEMPLATE - 0.5) @ turn + 500
-    points[2] += 3 * zoom                                                       # a nose off the template
-    distance = lambda x, y, side: np.hypot(np.arange(side) + 0.5 - x, (np.arange(side) + 0.5)[:, None] - y)
-    far = np.min([distance(x, y, 1000) for x, y in points.tolist()], 0)         # dots on a photograph
-    photo = Image.fromarray(np.uint8(255 * (3 * zoom + 0.5 - far).clip(0, 1))).convert("RGB")
-    crop, landmarks = align.crop_face(photo, points, 112)
-    for x, y in landmarks.tolist():
-        light = np.asarray(crop.convert("L"), float) * (distance(x, y, 112) < 7)
-        found = (light.sum(0) @ np.arange(112), light.sum(1) @ np.arange(112)) / light.sum() + 0.5
-        assert np.hypot(found[0] - x, found[1] - y) < 0.5
-    assert (landmarks - 112 * data.TEMPLATE).norm(dim=1).max() < 4
-
-
-def see_red_squares(_, images):
-    """A detector for `align` that takes a red square for a face, in each half of a photograph."""
-    for image in images:
-        ys, xs = ((image[0] > 200) & (image[2] < 60)).nonzero().T
-        halves = [half for half in (xs > image.shape[2] // 2, xs <= image.shape[2] // 2) if half.any()]
-        corners = [(some[half].amin(), some[half].amax() + 1) for half in halves for some in (xs, ys)]
-        boxes = torch.tensor(corners, dtype=torch.float32).view(-1, 2, 2).mT                # (K, corner, xy)
-        yield torch.ones(len(boxes)), boxes.flatten(1), boxes[:, :1] + boxes.diff(dim=1) * data.TEMPLATE
-
-
-def test_photographs_become_aligned_crops(tmp_path, monkeypatch):
-    monkeypatch.setattr(align, "detect_faces", see_red_squares)
-    monkeypatch.setattr(align, "upright", lambda _, crop: crop.getpixel((20, 20))[2] < 60)
-    photos, out = tmp_path / "photos", tmp_path / "out"
-    (photos / "ann").mkdir(parents=True)
-
-    def photo(name, *squares, size=(900, 600), mode="RGB", **options):
-        """White, with red squares (x, y, side) that are more yellow on their left; the larger the more."""
-        image = Image.new("RGB", size, "white")
-        for x, y, side in squares:
-            ImageDraw.Draw(image).rectangle((x, y, x + side - 1, y + side - 1), (255, side // 4, 0))
-            ImageDraw.Draw(image).rectangle((x, y, x + side // 2, y + side - 1), (255, side // 4 + 90, 0))
-        image.convert(mode).save(photos / "ann" / name, **options)
-    turned = Image.Exif()
-    turned[0x112] = 6                                                   # seen after a quarter turn
-    photo("huge.png", (1000, 1000, 900), size=(5000, 4000))
-    photo("none.png")
-    photo("small.png", (100, 100, 30))
-    photo("turned.jpg", (10, 350, 200), exif=turned)
-    photo("two.png", (40, 40, 300), (500, 250, 100), mode="RGBA")
-    (photos / "ann/broken.jpg").write_bytes(b"no picture")
-    (photos / "ann/notes.txt").write_bytes(b"no picture")
-    align.align(photos, out, None)
-    crops = {path.name: pil_to_tensor(data.open_image(path)).float() for path in sorted((out / "ann").iterdir())}
-    assert [*crops] == ["huge.png.jpg", "turned.jpg", "two.png.jpg"]
-    for name, crop in crops.items():
-        assert crop.shape == (3, 112, 112) and crop[0].mean() > 225 and crop[2, 8:-8, 8:-8].mean() < 40, name
-    assert crops["turned.jpg"][1, :56].mean() > crops["turned.jpg"][1, 56:].mean() + 50    # left is up now
-    assert 150 < crops["two.png.jpg"][1, :, :50].mean() < 180               # the larger one: 300 // 4 + 90
-    rejected = dict(csv.reader((out / "rejected.csv").open()))
-    assert rejected.pop("ann/broken.jpg").startswith("unreadable")
-    assert "suffix" in rejected.pop("ann/notes.txt")                       # every file has a row somewhere
-    assert rejected == {"file": "reason", "ann/none.png": "no face", "ann/small.png": "no face of 40 pixels"}
-    assert torch.allclose(data.Faces([out]).landmarks, data.TEMPLATE.expand(3, 5, 2), atol=1e-3)
-    before = contents(out)
-    for name in ("ann/two.png.jpg", "landmarks.csv"):                       # as if killed: made again
-        (out / name).unlink()
-    align.align(photos, out, None)
-    assert before == contents(out)
 
 
 # ------------------------------------------------------------------------------------------------- evaluation

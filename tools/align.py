@@ -82,12 +82,14 @@ def read_rows(path, kind, columns):
 
 
 def align(photos, out, detector):
-    """Cuts each photograph without a row in landmarks.csv; returns the numbers of all crops and of files that
-    were rejected now.
+    """Cuts each photograph that has no row in landmarks.csv.
+
+    Returns how many crops there are in all, and how many files were rejected now.
     """
     photos, out = Path(photos), Path(out)
     if photos.resolve() in (out.resolve(), *out.resolve().parents):
-        fail(f"--out {out}: lies in the photographs, and its crops would become photographs; name another folder")
+        fail(f"--out {out}: lies in the photographs, and its crops would become photographs; name another "
+             "folder")
     names = {*list_files(photos)}
     if not names:
         fail(f"{photos}: no files in it")

@@ -13,8 +13,7 @@ from model import Prototypes, fail, reading
 
 
 def read_checkpoint(path):
-    """The tensors {name: tensor} of somebody's .safetensors, .pth, .pt or .ckpt, in fp32. It runs no code.
-    """
+    """The tensors {name: tensor} of a .safetensors, .pth, .pt or .ckpt, in fp32; code in it is not run."""
     if Path(path).suffix == ".safetensors":
         state = safetensors.torch.load_file(path)
     else:
@@ -31,8 +30,7 @@ def read_checkpoint(path):
 
 
 def read_published(path, prefix="net"):
-    """Published weights, their tensors renamed to `prefix`..., without the wrappers' names and margin heads.
-    """
+    """Published weights {prefix.name: tensor}, without the names of wrappers, and without margin heads."""
     with reading(path, "published weights"):
         return {re.sub(r"^((module|model|net|backbone)\.)*", f"{prefix}.", name): tensor
                 for name, tensor in read_checkpoint(path).items() if "head." not in name}

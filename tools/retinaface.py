@@ -38,9 +38,7 @@ class ContextModule(nn.Module):
 
 
 class RetinaFace(nn.Module):
-    """Face detector (Deng et al. 2020) on MobileNet-0.25, with the keys of published Pytorch_Retinaface
-    weights.
-    """
+    """Face detector (Deng et al. 2020) on MobileNet-0.25, with the keys of Pytorch_Retinaface's weights."""
 
     def __init__(self):
         super().__init__()
@@ -58,8 +56,7 @@ class RetinaFace(nn.Module):
         self.ClassHead, self.BboxHead, self.LandmarkHead = heads(2), heads(4), heads(10)
 
     def forward(self, images):
-        """Scores (B, A), boxes (B, A, 4), points (B, A, 5, 2), in pixels, of uint8 RGB images (B, 3, H, W).
-        """
+        """Scores (B, A), boxes (B, A, 4), points (B, A, 5, 2), in pixels, of images uint8 (B, 3, H, W)."""
         x = images.flip(1).float() - torch.tensor([104., 117., 123.], device=images.device).view(3, 1, 1)
         one = self.body["stage1"](x)                                            # (B, 64, H/8, W/8)
         two = self.body["stage2"](one)                                          # (B, 128, H/16, W/16)
@@ -126,7 +123,7 @@ def crop_landmarks(detector, images):
 
 
 def complete_landmarks(faces, folder, weights):
-    """Fills in the landmarks that `faces` lack, found by RetinaFace; they are kept in folder/landmarks.pt."""
+    """Fills in the landmarks that `faces` lack, one or more; what is found is kept in folder/landmarks.pt."""
     missing = faces.landmarks[:, 0, 0].isnan().nonzero()[:, 0]
     path, files = Path(folder) / "landmarks.pt", hashlib.sha256(faces.paths[missing]).hexdigest()
     kept = {}
@@ -135,11 +132,13 @@ def complete_landmarks(faces, folder, weights):
             kept = torch.load(path, weights_only=True)
     if kept.get("files") != files:
         detector = load_detector(weights, folder)
-        found = [crop_landmarks(detector, images.to(DEVICE)) for images, _ in faces.scan(missing, "landmarks")]
+        scan = faces.scan(missing, "landmarks")
+        found = [crop_landmarks(detector, images.to(DEVICE)) for images, _ in scan]
         kept = {"files": files, "landmarks": torch.cat(found)}
         with replacing(path) as temporary:
             torch.save(kept, temporary)
     faces.landmarks[missing] = kept["landmarks"]
     lost = faces.landmarks[:, 0, 0].isnan()
     faces.landmarks[lost] = TEMPLATE
-    print(f"landmarks: found in {len(missing) - lost.sum()} of {len(missing)} images, the template's for others")
+    count = len(missing) - lost.sum()
+    print(f"landmarks: found in {count} of {len(missing)} images, the template's for others")

@@ -35,9 +35,7 @@ PERSON, PICTURE = 30 + 7 * len(SPOTS), 27           # numbers that say who, and 
 
 
 def paint(place, edge, people):
-    """Colours (B, 3, P) of P places (B, 3, P) on the heads of toy people (B, PERSON); outlines are `edge`
-    wide.
-    """
+    """Colours (B, 3, P) of places (B, 3, P) on toy people (B, PERSON), whose outlines are `edge` wide."""
     right, down, ahead = place.split(1, 1)
     angle = torch.atan2(right, ahead)
     tone, hair, waves, spots = people[..., None].split([3, 3, 24, 7 * len(SPOTS)], 1)
@@ -59,11 +57,12 @@ def paint(place, edge, people):
 
 
 def draw_faces(people, pictures, size):
-    """Toy people (B, PERSON) in circumstances (B, PICTURE): images (B, 3, S, S), landmarks (B, 5, 2), in [0,
-    1].
+    """Images (B, 3, S, S) of toy people (B, PERSON) in circumstances (B, PICTURE), and landmarks (B, 5, 2).
+
+    Both are in [0, 1].
     """
     turn, shift, lamp, tint, colour, slope = pictures[..., None].split([2, 10, 3, 3, 3, 6], 1)
-    axis = F.pad(turn.mT * torch.tensor([.3, .8]), (0, 1))                                  # pitch, yaw, no roll
+    axis = F.pad(turn.mT * torch.tensor([.3, .8]), (0, 1))                  # pitch, yaw, no roll
     turn = torch.matrix_exp(torch.linalg.cross(torch.eye(3)[None], axis))                   # (B, 3, 3)
     stretch = torch.tensor([.9, 1.12])[:, None]                             # a head is higher than wide
 
@@ -85,7 +84,10 @@ def draw_faces(people, pictures, size):
 
 
 def write_bin(path, images, pairs, generator):
-    """Writes an InsightFace .bin of people, uint8 (I, P, 3, S, S): ten folds sharing nobody, half same."""
+    """Writes an InsightFace .bin of I people, images uint8 (I, P, 3, S, S): in each fold other people.
+
+    Every other of the `pairs` pairs shows one person.
+    """
     encoded, same = [], [p % 2 == 1 for p in range(pairs)]
     for p, fold in enumerate(fold for fold in images.tensor_split(10) for _ in range(pairs // 10)):
         (i, j), (a, b) = (torch.randperm(n, generator=generator)[:2] for n in fold.shape[:2])
@@ -97,9 +99,7 @@ def write_bin(path, images, pairs, generator):
 
 
 def draw_demo(root, people=2000, held_out=200, per_person=8, size=32):
-    """Draws the demo: a folder of toy `people` with landmarks.csv, and heldout.bin of others nobody trains
-    on.
-    """
+    """Draws the demo: a folder of toy `people` with landmarks.csv, and heldout.bin of `held_out` others."""
     generator, temporary = torch.Generator().manual_seed(0), Path(f"{root}.tmp")
     who = 2 * torch.rand(people + held_out, PERSON, generator=generator) - 1
     how = 2 * torch.rand(len(who) * per_person, PICTURE, generator=generator) - 1

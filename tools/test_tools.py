@@ -1,0 +1,979 @@
+"""Tests of the supplies in tools/. `python -m pytest -q` at the root runs them beside test_vigface.py."""
+import os
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                                 # before the scripts look for a GPU
+
+import csv
+import errno
+import io
+import itertools
+import math
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torchvision.transforms.functional import pil_to_tensor
+
+import data
+import model
+from test_vigface import contents, folder, here, jpeg, people, stops
+from tools import align, insightface, published, retinaface, toys
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [f"{name}.py" for name in ("model", "data", "fr_train", "dit_train", "sample", "evaluate")]
+THREADS = torch.get_num_threads()
+BLACK = jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    """Each test starts from one seed, and with all threads, of which align leaves one."""
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+
+
+def command(script, *arguments, cwd, code=0):
+    """Runs a script of some folder as a user does; what it prints."""
+    line = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == code, done.stdout
+    assert "Traceback" not in done.stdout
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------- toys.py
+
+def test_landmarks_of_toy_faces_lie_near_the_template():
+    """Toy faces are aligned, but for their poses."""
+    _, landmarks = people(6, 5)
+    assert (landmarks - data.TEMPLATE).abs().mean() < 0.08
+
+
+def test_eyes_are_painted_where_the_landmarks_say():
+    """Numbers that colour the eyes change pixels near the landmarks of the eyes alone."""
+    brightness = [spot[4] for spot in toys.SPOTS]
+    eyes = brightness.index(max(brightness))                            # the whites, brighter than skin
+    first = toys.PERSON - 7 * len(toys.SPOTS) + 7 * eyes                # of the seven numbers of the eyes
+    who = torch.zeros(2, toys.PERSON)
+    who[1, first + 4:first + 7] = 1                                     # their colour
+    how = torch.zeros(2, toys.PICTURE)
+    how[:, 1] = 0.5                                                     # turned aside
+    images, landmarks = toys.draw_faces(who, how, 112)
+
+    changed = (images[1] - images[0]).abs().sum(0)
+    shares = []
+    for x, y in (112 * landmarks[0, :2]).round().int().tolist():
+        near = changed[y - 9:y + 10, x - 12:x + 13]
+        shares.append(near.sum() / changed.sum())
+    assert min(shares) > 0.2 and sum(shares) > 0.95                     # both eyes, and nothing else
+
+
+def test_toy_heads_turn():
+    """The second number of a picture turns the head: the nose moves from between the eyes."""
+    how = torch.zeros(2, toys.PICTURE)
+    how[1, 1] = 1
+    _, landmarks = toys.draw_faces(torch.zeros(2, toys.PERSON), how, 112)
+    between_eyes = landmarks[:, :2, 0].mean(1)
+    nose = landmarks[:, 2, 0] - between_eyes
+    assert (nose[1] - nose[0]).abs() > 0.03
+
+
+def test_each_number_of_a_person_and_of_a_picture_is_seen():
+    """Each changes pixels, and no two of them change the same pixels alike."""
+    numbers = toys.PERSON + toys.PICTURE
+    base = torch.rand(numbers) - 0.5
+    changed = torch.cat([base[None], base + 0.5 * torch.eye(numbers)])
+    images, _ = toys.draw_faces(*changed.split([toys.PERSON, toys.PICTURE], 1), 64)
+    changes = (images[1:] - images[0]).flatten(1)
+    assert changes.abs().amax(1).min() > 0.01
+    alike = F.normalize(changes) @ F.normalize(changes).T
+    assert alike.fill_diagonal_(0).max() < 0.999
+
+
+def test_toy_faces_stay_what_the_measurements_were_made_on():
+    """The mean colours of the four quarters of one face: docs/measurements.md rests on these very faces."""
+    who = 2 * torch.rand(1, toys.PERSON) - 1
+    how = 2 * torch.rand(1, toys.PICTURE) - 1
+    images, _ = toys.draw_faces(who, how, 64)
+    red, green, blue = F.adaptive_avg_pool2d(images, 2)[0].flatten(1)
+    assert red.tolist() == pytest.approx([0.2949, 0.2805, 0.3861, 0.3808], abs=5e-4)
+    assert green.tolist() == pytest.approx([0.2535, 0.2467, 0.3208, 0.3259], abs=5e-4)
+    assert blue.tolist() == pytest.approx([0.2386, 0.2064, 0.2449, 0.2362], abs=5e-4)
+
+
+def test_toy_images_are_colours_between_black_and_white():
+    """Extreme numbers do not leave [0, 1], and each person of a batch is drawn as if alone."""
+    who = torch.randint(2, (4, toys.PERSON)) * 2. - 1
+    how = torch.randint(2, (4, toys.PICTURE)) * 2. - 1
+    images, landmarks = toys.draw_faces(who, how, 40)
+    assert images.shape == (4, 3, 40, 40)
+    assert images.min() >= 0 and images.max() <= 1
+    for i in range(4):
+        alone, points = toys.draw_faces(who[i:i + 1], how[i:i + 1], 40)
+        assert torch.allclose(alone[0], images[i], atol=1e-3)
+        assert torch.allclose(points[0], landmarks[i], atol=1e-5)
+
+
+def test_the_demo_is_a_folder_like_any_other(tmp_path):
+    """It is the same each time, with a camera's noise; its benchmark shows nobody of the folder."""
+    toys.draw_demo(tmp_path / "demo", people=3, held_out=20, per_person=2)
+    assert os.listdir(tmp_path) == ["demo"]                             # no temporary folder is left
+
+    faces = data.Faces([tmp_path / "demo"])
+    assert list(faces.people) == ["p0000", "p0001", "p0002"]
+    assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    generator = torch.Generator().manual_seed(0)
+    who = 2 * torch.rand(23, toys.PERSON, generator=generator) - 1
+    how = 2 * torch.rand(46, toys.PICTURE, generator=generator) - 1
+    images, landmarks = toys.draw_faces(who.repeat_interleave(2, 0), how, 32)
+    assert torch.allclose(faces.landmarks, landmarks[:6], atol=1e-3)
+    noise = 2.5 * torch.randn(images.shape, generator=generator)
+    expected = (255 * images + noise).clamp(0, 255).byte()
+    assert np.array_equal(faces.images, expected[:6])
+
+    benchmark, same = data.read_benchmark(tmp_path / "demo/heldout.bin", 32)
+    assert len(same) == 3000
+    trained = {image.tobytes() for image in faces.images}
+    held_out = {image.tobytes() for image in benchmark.numpy()}
+    assert len(held_out) == 40 and not trained & held_out
+
+
+def test_without_data_the_demo_is_painted_on_first_use(tmp_path, monkeypatch):
+    """fr_train.py trains on runs/demo, paints it once, and takes `demo` for a folder like any other."""
+    painted = []
+
+    def paint_few(root):
+        painted.append(root)
+        folder(root, 4, 4)
+    monkeypatch.setattr(toys, "draw_demo", paint_few)
+    for out in ("runs/fr", "runs/again"):
+        here("fr_train.py", "--epochs", 1, "--batch", 8, "--out", out, cwd=tmp_path)
+    assert painted == [Path("runs/demo")]
+    _, meta = model.load_model(tmp_path / "runs/again", "fr")
+    assert meta["data"] == ["runs/demo"]
+    assert "demo: no such folder" in here("fr_train.py", "--data", "demo", cwd=tmp_path, code=2)
+
+
+# ------------------------------------------------------------------------------------------ insightface.py
+
+MAGIC = struct.pack("<I", 0xced7230a)
+
+
+def record(key, labels, image=b""):
+    """The content of a record: one label as a number, or several as a vector, two ids, and an image."""
+    if len(labels) == 1:
+        return struct.pack("<IfQQ", 0, labels[0], key, 0) + image
+    vector = struct.pack(f"<{len(labels)}f", *labels)
+    return struct.pack("<IfQQ", len(labels), 0, key, 0) + vector + image
+
+
+def framed(content):
+    """A record as RecordIO stores it: cut into parts where its own bytes are the magic number."""
+    parts = content.split(MAGIC)
+    flags = [0]
+    if len(parts) > 1:
+        flags = [1, *[2] * (len(parts) - 2), 3]                         # first, middle, last
+    whole = b""
+    for flag, part in zip(flags, parts):
+        length = struct.pack("<I", flag << 29 | len(part))
+        padding = bytes(-len(part) % 4)
+        whole += MAGIC + length + part + padding
+    return whole
+
+
+def write_records(root, images, labels):
+    """train.rec and train.idx as InsightFace has them: a header, then images, half with vectors as labels."""
+    last = len(images) + 1.0
+    records = [record(0, [last, last])]
+    for i, (image, label) in enumerate(zip(images, labels)):
+        records.append(record(i, [label] if i % 2 else [label, 0.0], image))
+    content, index = b"", ""
+    for key, body in enumerate(records):
+        index += f"{key}\t{len(content)}\n"
+        content += framed(body)
+    root.mkdir(exist_ok=True)
+    (root / "train.rec").write_bytes(content)
+    (root / "train.idx").write_text(index)
+
+
+def test_records_are_listed_and_read_as_they_were_written(tmp_path, capsys):
+    """Labels become identities; the header is no image; a record in parts is left out, and counted aloud."""
+    images = [jpeg(image) for image in people(5, 1)[0]]
+    in_parts = jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), comment=b"ab" + MAGIC + b"c" + MAGIC)
+    write_records(tmp_path / "r", [*images, in_parts], [7, 7, 0, 0, 4, 9])
+    identities, keys, offsets = insightface.list_records(tmp_path / "r/train.rec")
+    assert identities == ("7", "7", "0", "0", "4")
+    assert keys == ("1", "2", "3", "4", "5")
+    assert "left out 1 records" in capsys.readouterr().out
+    for image, offset in zip(images, offsets, strict=True):
+        assert insightface.read_record(tmp_path / "r/train.rec", offset).read() == image
+
+
+def test_records_are_a_training_set_as_they_lie(tmp_path):
+    """`Faces` decodes them in memory or when needed; a key takes the place of a file's name."""
+    images = [jpeg(image) for image in people(4, 1)[0]]
+    write_records(tmp_path / "r", images, [5, 3, 3, 5])
+    decoded = [pil_to_tensor(data.open_image(io.BytesIO(image))) for image in images]
+    for memory in (3e9, 0):
+        faces = data.Faces([tmp_path / "r"], memory=memory)
+        assert list(faces.people) == ["5", "3"]
+        assert faces.labels.tolist() == [0, 1, 1, 0]
+        assert faces.path(2) == f"{tmp_path}/r/3"
+        assert faces.landmarks.isnan().all()
+        for i, image in enumerate(decoded):
+            assert np.array_equal(faces[i][0], image)
+
+
+def test_records_of_one_label_are_warned_about(tmp_path, capsys):
+    """Where all labels are equal, identities are likely in some other list."""
+    write_records(tmp_path / "r", [BLACK] * 3, [0, 0, 0])
+    insightface.list_records(tmp_path / "r/train.rec")
+    assert "WARNING all records have one label" in capsys.readouterr().out
+    write_records(tmp_path / "r", [BLACK] * 3, [0, 0, 1])
+    insightface.list_records(tmp_path / "r/train.rec")
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def no_index(root):
+    (root / "train.idx").unlink()
+
+
+def cut_short(root):
+    os.truncate(root / "train.rec", (root / "train.rec").stat().st_size - 8)
+
+
+def beside_a_record(root):
+    (root / "train.idx").write_text("1\t4\n")
+
+
+def header_alone(root):
+    (root / "train.idx").write_text("0\t0\n")
+
+
+@pytest.mark.parametrize("damage, said", [
+    (no_index, "train.idx: no such file"), (cut_short, "record 3 lacks the magic number or ends beyond"),
+    (beside_a_record, "record 1 lacks the magic number"), (header_alone, "no images that can be read")])
+def test_damaged_records_are_one_clear_line(tmp_path, capsys, damage, said):
+    """An index that is missing, wrong or empty, and a file that was not copied to its end."""
+    write_records(tmp_path / "r", [BLACK] * 3, [0, 1, 0])
+    damage(tmp_path / "r")
+    assert said in stops(capsys, insightface.list_records, tmp_path / "r/train.rec")
+
+
+def write_benchmark(path):
+    """A benchmark of twenty people, each of one grey; its images (2P, 3, 8, 8), and which pairs are same."""
+    greys = 10 * torch.arange(20, dtype=torch.uint8)
+    images = greys.view(20, 1, 1, 1, 1).expand(20, 4, 3, 8, 8)
+    toys.write_bin(path, images, 300, torch.Generator().manual_seed(0))
+    return data.read_benchmark(path, 8)
+
+
+def test_a_benchmark_is_read_as_it_was_written(tmp_path):
+    """Half of the pairs show one person, in turn, and ten folds share no person."""
+    images, same = write_benchmark(tmp_path / "t.bin")
+    first, second = images[0::2, 0, 0, 0], images[1::2, 0, 0, 0]
+    assert torch.equal(first == second, same)
+    assert same.tolist() == [False, True] * 150
+    for fold in zip(first.chunk(10), second.chunk(10)):
+        assert len({*torch.cat(fold).tolist()}) == 2                    # of twenty people
+    larger, _ = data.read_benchmark(tmp_path / "t.bin", 16)
+    assert larger.shape == (600, 3, 16, 16)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_benchmark_may_be_made_of_numpy_s_arrays(tmp_path, protocol):
+    """Images as arrays of bytes; labels as arrays of truth values or numbers, flat or not, or as a list."""
+    expected = write_benchmark(tmp_path / "t.bin")
+    encoded, truth = pickle.loads((tmp_path / "t.bin").read_bytes())
+    arrays = [np.frombuffer(image, np.uint8) for image in encoded]
+    labels = np.array(truth)
+    for same in (truth, labels, labels[:, None], [*labels], labels.astype(np.int64)):
+        content = pickle.dumps((arrays, same), protocol)
+        if protocol < 4:                                                # older numpy has another name for it
+            content = content.replace(b"cnumpy._core.", b"cnumpy.core.")
+        (tmp_path / "n.bin").write_bytes(content)
+        images, found = data.read_benchmark(tmp_path / "n.bin", 8)
+        assert torch.equal(images, expected[0])
+        assert torch.equal(found, expected[1])
+
+
+def test_a_benchmark_may_be_python_2_s(tmp_path):
+    """Python 2 wrote texts where Python 3 writes bytes, also for the name of an array's type."""
+    text = lambda content: b"T" + struct.pack("<I", len(content)) + content
+    images = b"(" + text(BLACK) * 20 + b"l"
+    kind = b"cnumpy\ndtype\n(" + text(b"b1") + b"K\0K\1tR(K\3" + text(b"|") + b"NNNK\0K\0K\0tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0t" + text(b"b") + b"tR"
+    labels = array + b"(K\1(K\x0at" + kind + b"I00\n" + text(b"\1\0" * 5) + b"tb"
+    (tmp_path / "old.bin").write_bytes(b"\x80\2(" + images + labels + b"t.")
+    encoded, same = insightface.read_bin(tmp_path / "old.bin")
+    assert [bytes(image) for image in encoded] == [BLACK] * 20
+    assert same.tolist() == [True, False] * 5
+
+
+class Pointers:
+    """Unpickled, an array of objects at addresses of somebody's choice."""
+
+    def __reduce__(self):
+        return np.ndarray, ((10,), "O", b"A" * 80)
+
+
+class Payload:
+    """Unpickled, a program that leaves a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+IMAGES, LABELS = [BLACK] * 20, [True, False] * 5
+MALFORMED = {
+    "labels of pointers": pickle.dumps((IMAGES, Pointers())),
+    "images of pointers": pickle.dumps(([Pointers()] * 20, LABELS)),
+    "an odd image": pickle.dumps((IMAGES + [BLACK], LABELS)),
+    "nine pairs": pickle.dumps((IMAGES[:18], LABELS[:9])),
+    "pairs of one kind": pickle.dumps((IMAGES, [True] * 10)),
+    "pairs of the other kind": pickle.dumps((IMAGES, [False] * 10)),
+    "images cut short": pickle.dumps(([BLACK[:30]] * 20, LABELS)),
+    "texts": pickle.dumps((["text"] * 20, LABELS)),
+    "cut short": pickle.dumps((IMAGES, LABELS))[:-40],
+    "nothing in it": pickle.dumps(([], [])),
+    "a number": pickle.dumps(7),
+    "an empty file": b"",
+    "a program": pickle.dumps((IMAGES, Payload()))}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_benchmark_is_one_clear_line_and_runs_nothing(tmp_path, monkeypatch, capsys, case):
+    """Whatever a .bin asks for that no benchmark needs, is refused."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.bin").write_bytes(MALFORMED[case])
+    assert "x.bin: expected" in stops(capsys, data.read_benchmark, "x.bin", 8)
+    assert os.listdir() == ["x.bin"]
+
+
+# ------------------------------------------------------------------------------------------- retinaface.py
+
+def places(height, width):
+    """Yields the centre x and y, the number and the side of each anchor, in the detector's order."""
+    for step, sides in ((8, (16, 32)), (16, (64, 128)), (32, (256, 512))):
+        rows, columns = math.ceil(height / step), math.ceil(width / step)
+        for row, column, anchor in itertools.product(range(rows), range(columns), (0, 1)):
+            yield (column + .5) * step, (row + .5) * step, anchor, sides[anchor]
+
+
+def test_the_detector_decodes_its_anchors_as_a_loop_does():
+    """Its heads say the same everywhere, so scores, boxes and landmarks follow from their biases."""
+    net = retinaface.RetinaFace().eval()
+    biases = {net.ClassHead: [0, 1, 0, 2],
+              net.BboxHead: [.5, -1, .2, .4] * 2,
+              net.LandmarkHead: [0.1 * i for i in range(20)]}
+    for head, bias in biases.items():
+        for level in head:
+            torch.nn.init.zeros_(level["conv1x1"].weight)
+            level["conv1x1"].bias.data = torch.tensor(bias, dtype=torch.float)
+    with torch.no_grad():
+        scores, boxes, landmarks = net(torch.zeros(1, 3, 70, 100, dtype=torch.uint8))
+
+    found = zip(scores[0], boxes[0], landmarks[0], places(70, 100), strict=True)
+    for score, box, points, (x, y, anchor, side) in found:
+        assert score == pytest.approx(1 / (1 + math.exp(-1 - anchor)))
+        width, height = side * math.exp(.2 * .2), side * math.exp(.2 * .4)
+        left, top = x + .1 * side * .5 - width / 2, y - .1 * side - height / 2
+        assert box.tolist() == pytest.approx([left, top, left + width, top + height], abs=1e-3)
+        shifts = [.1 * side * .1 * (10 * anchor + i) for i in range(10)]
+        expected = [at + shift for at, shift in zip([x, y] * 5, shifts)]
+        assert points.flatten().tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_detector_has_the_published_layout_and_reads_bgr():
+    """Names, shapes and number of parameters are those of Pytorch_Retinaface's MobileNet-0.25."""
+    net = retinaface.RetinaFace().eval()
+    state = net.state_dict()
+    assert state["body.stage1.0.0.weight"].shape == (8, 3, 3, 3)
+    assert state["body.stage3.1.3.weight"].shape == (256, 256, 1, 1)
+    assert state["fpn.output1.0.weight"].shape == (64, 64, 1, 1)
+    assert state["ssh3.conv7x7_3.0.weight"].shape == (16, 16, 3, 3)
+    assert state["LandmarkHead.2.conv1x1.bias"].shape == (20,)
+    assert sum(parameter.numel() for parameter in net.parameters()) == 426_608
+
+    seen = []
+    net.body["stage1"].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    net(red)
+    assert seen[0][0, :, 0, 0].tolist() == [0 - 104, 0 - 117, 255 - 123]
+
+
+def test_overlapping_and_unsure_detections_are_dropped():
+    """Of two boxes that overlap the surer one stays, image by image, with its own landmarks."""
+    boxes = torch.tensor([[0., 0, 10, 10], [1, 1, 11, 11], [20, 20, 30, 30], [40, 40, 50, 50]])
+    scores = torch.tensor([[0.6, 0.9, 0.7, 0.4], [0.8, 0.6, 0.1, 0.1]])
+    landmarks = torch.arange(8.).view(2, 4, 1, 1).expand(2, 4, 5, 2)
+    detector = lambda images: (scores, boxes.expand(2, 4, 4), landmarks)
+    first, second = retinaface.detect_faces(detector, torch.zeros(2, 3, 60, 60, dtype=torch.uint8))
+    assert first[0].tolist() == pytest.approx([0.9, 0.7])
+    assert torch.equal(first[1], boxes[1:3])
+    assert first[2][:, 0, 0].tolist() == [1, 2]
+    assert second[0].tolist() == pytest.approx([0.8])
+    assert second[2][:, 0, 0].tolist() == [4]
+
+
+def test_landmarks_of_a_crop_are_those_of_the_face_nearest_to_the_template(monkeypatch):
+    """The detector sees a crop at 168 pixels in 42 of grey; far faces do not count, however sure it is."""
+    at = lambda shift: 42 + 168 * (data.TEMPLATE[None] + shift)         # as the detector gives them
+    answers = [[at(.08), at(-.02), at(.5)], [at(.3)], []]
+    seen = []
+
+    def detect(detector, images, confidence):
+        seen.append(images)
+        assert detector == "the detector" and confidence < 0.1
+        for points in answers:
+            count = len(points)
+            yield torch.ones(count), torch.ones(count, 4), torch.cat([torch.zeros(0, 5, 2), *points])
+    monkeypatch.setattr(retinaface, "detect_faces", detect)
+    crops = torch.full((3, 3, 32, 32), 250, dtype=torch.uint8)
+    found = retinaface.crop_landmarks("the detector", crops)
+    assert torch.allclose(found[0], data.TEMPLATE - .02, atol=1e-5)
+    assert found[1:].isnan().all()
+
+    inside = seen[0][:, :, 42:-42, 42:-42]
+    assert seen[0].shape == (3, 3, 252, 252) and inside.shape == (3, 3, 168, 168)
+    assert (inside == 250).all()
+    assert seen[0].sum() == inside.sum() + 114 * (seen[0].numel() - inside.numel())
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """Six images, four without landmarks, of which a detector knows three: (its calls, all landmarks)."""
+    images, points = folder(tmp_path / "faces", 3, 2)
+    table = (tmp_path / "faces/landmarks.csv").read_text().splitlines()
+    (tmp_path / "faces/landmarks.csv").write_text("\n".join(table[:3]))
+    known = {image.numpy().tobytes(): face for image, face in zip(images, points)}
+    known[images[4].numpy().tobytes()] = torch.full((5, 2), torch.nan)
+    calls = []
+
+    def look(detector, crops):
+        calls.append(len(crops))
+        return torch.stack([known.get(crop.numpy().tobytes(), data.TEMPLATE) for crop in crops])
+    monkeypatch.setattr(retinaface, "load_detector", lambda *_: None)
+    monkeypatch.setattr(retinaface, "crop_landmarks", look)
+    expected = points.clone()
+    expected[4] = data.TEMPLATE
+    return calls, expected
+
+
+def test_missing_landmarks_are_found_once_and_kept(bare, tmp_path, capsys):
+    """Those of landmarks.csv stay; where none is found, the template counts; a second run looks at none."""
+    calls, expected = bare
+    before = contents(tmp_path / "faces")
+    for _ in range(2):
+        faces = data.Faces([tmp_path / "faces"])
+        retinaface.complete_landmarks(faces, tmp_path / "run", None)
+        assert torch.allclose(faces.landmarks, expected, atol=1e-3)
+        assert "found in 3 of 4 images" in capsys.readouterr().out
+    assert calls == [4]
+    assert list(contents(tmp_path / "run")) == ["landmarks.pt"]
+    assert before == contents(tmp_path / "faces")
+
+
+def test_landmarks_are_found_again_for_other_files(bare, tmp_path, capsys):
+    """What was kept belongs to the very files that lacked landmarks; a damaged file is told."""
+    calls, _ = bare
+    retinaface.complete_landmarks(data.Faces([tmp_path / "faces"]), tmp_path / "run", None)
+    shutil.copy(tmp_path / "faces/person 2/1.png", tmp_path / "faces/person 2/2.png")
+    faces = data.Faces([tmp_path / "faces"])
+    retinaface.complete_landmarks(faces, tmp_path / "run", None)
+    assert calls == [4, 5]
+    assert torch.equal(faces.landmarks[6], faces.landmarks[5])
+
+    (tmp_path / "run/landmarks.pt").write_bytes(b"damaged")
+    again = data.Faces([tmp_path / "faces"])
+    line = stops(capsys, retinaface.complete_landmarks, again, tmp_path / "run", None)
+    assert "landmarks.pt: expected landmarks that this script found (delete it)" in line
+
+
+def write_detector(path):
+    """Weights in the published layout, of a detector that sees no face anywhere."""
+    net = retinaface.RetinaFace()
+    for level in net.ClassHead:
+        torch.nn.init.zeros_(level["conv1x1"].weight)
+        level["conv1x1"].bias.data = torch.tensor([9., 0, 9, 0])        # of no face, of a face
+    state = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, path, _use_new_zipfile_serialization=False)       # as the published file is
+    return net.eval()
+
+
+def test_the_detector_s_weights_are_read_where_they_are_named(tmp_path, monkeypatch):
+    """They are frozen and ready to use, and nothing is fetched."""
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    net = write_detector(tmp_path / "w.pth")
+    detector = retinaface.load_detector(tmp_path / "w.pth", tmp_path / "run")
+    images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        for ours, theirs in zip(detector(images), net(images)):
+            assert torch.allclose(ours, theirs, atol=1e-4)
+    assert not detector.training
+    assert not any(parameter.requires_grad for parameter in detector.parameters())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_detector_s_weights_are_fetched_once(tmp_path, monkeypatch):
+    """Into the run folder, and checked by their sha256."""
+    fetched = []
+
+    def fetch(url, path, sha256):
+        fetched.append((url, sha256))
+        write_detector(Path(path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    for _ in range(2):
+        retinaface.load_detector(None, tmp_path / "run")
+    assert fetched == [(retinaface.WEIGHTS_URL, retinaface.WEIGHTS_SHA256)]
+    assert list(contents(tmp_path / "run")) == [retinaface.WEIGHTS_URL.split("/")[-1]]
+
+
+def test_without_a_network_one_line_says_where_the_weights_belong(tmp_path, monkeypatch, capsys):
+    """A user who cannot fetch them reads the address, the place and the flag."""
+    def fetch(*_):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    line = stops(capsys, retinaface.load_detector, None, tmp_path / "run")
+    assert "no network" in line and "--weights" in line
+    assert retinaface.WEIGHTS_URL in line and str(tmp_path / "run") in line
+
+
+# -------------------------------------------------------------------------------------------- published.py
+
+@pytest.mark.parametrize("units, se, count",             # IR-SE50, and R18, which AdaFace published
+                         [((3, 4, 14, 3), True, 43_808_320), ((2, 2, 2, 2), False, 24_020_352)])
+def test_adaface_s_checkpoint_is_loaded_key_by_key(tmp_path, units, se, count):
+    """Without its margin head and its trainer's objects; the architecture follows from names and shapes."""
+    net = model.Recogniser(units=units, se=se).eval()
+    state = net.state_dict()
+    assert sum(parameter.numel() for parameter in net.parameters()) == count
+    assert state[f"body.{units[0]}.shortcut_layer.0.weight"].shape == (128, 64, 1, 1)
+    if se:
+        gate = state[f"body.{sum(units) - 1}.res_layer.se_block.fc1.weight"]
+        assert gate.shape == (32, 512, 1, 1)
+
+    saved = {f"model.{name}": tensor for name, tensor in state.items()}
+    saved["head.kernel"] = torch.zeros(512, 9)
+    torch.save({"state_dict": saved, "callbacks": {Path: Path("the trainer's")}}, tmp_path / "a.ckpt")
+    backbone, prototypes, meta = model.load_recogniser(tmp_path / "a.ckpt")
+    loaded = backbone.state_dict()
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor)
+    assert meta["config"]["units"] == list(units) and meta["config"]["se"] == se
+    assert len(prototypes.to_draw()) == 0 and meta["names"] == []
+    assert not backbone.training
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A recogniser of four units, in the layout of the published ones."""
+    torch.manual_seed(0)
+    return model.Recogniser(width=16, units=(1, 1, 1, 1), se=False).eval()
+
+
+def prefixed(prefix, net):
+    """The state of a network, its names behind a prefix."""
+    return {prefix + name: tensor for name, tensor in net.state_dict().items()}
+
+
+def test_colours_are_in_the_order_that_the_checkpoint_was_trained_on(tmp_path, small, capsys):
+    """AdaFace's checkpoints read BGR, all others RGB, and `bgr` overrules that."""
+    torch.save({"state_dict": prefixed("model.", small)}, tmp_path / "ada.ckpt")
+    torch.save(prefixed("net.", small), tmp_path / "cvl.pt")
+    images = torch.randint(256, (1, 3, 112, 112), dtype=torch.uint8)
+    rgb, bgr = model.embed(small, images), model.embed(small, images.flip(1))
+    assert not torch.allclose(rgb, bgr)
+    for name, asked, expected in (("ada.ckpt", None, bgr), ("ada.ckpt", False, rgb), ("ada.ckpt", True, bgr),
+                                  ("cvl.pt", None, rgb), ("cvl.pt", True, bgr)):
+        backbone, _, _ = model.load_recogniser(tmp_path / name, asked)
+        assert torch.allclose(model.embed(backbone, images), expected, atol=1e-6)
+        order = "BGR" if expected is bgr else "RGB"
+        assert f"4 residual units, reads {order} images" in capsys.readouterr().out
+
+
+def test_published_embeddings_are_unit_vectors_that_ignore_mirroring(small):
+    """As the field embeds: the sum of an image's and its mirror image's."""
+    images = torch.randint(256, (2, 3, 112, 112), dtype=torch.uint8)
+    f = model.embed(small, images)
+    assert torch.allclose(f.norm(dim=1), torch.ones(2))
+    assert torch.equal(f, model.embed(small, images.flip(3)))
+
+
+def test_a_checkpoint_may_be_double_old_or_of_safetensors(tmp_path, small):
+    """Whatever the format, type and wrappers, the same tensors arrive in fp32; whole numbers stay whole."""
+    torch.save({name: tensor.double() for name, tensor in prefixed("net.", small).items()}, tmp_path / "a.pt")
+    torch.save(prefixed("module.", small), tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    save_file(prefixed("model.net.", small), tmp_path / "c.safetensors")
+    counts = {"net.body.0.count": torch.tensor(3), "step": 7}
+    torch.save(prefixed("", small) | counts, tmp_path / "d.ckpt")
+    expected = prefixed("us.", small)
+    for name in ("a.pt", "b.pth", "c.safetensors", "d.ckpt"):
+        tensors = published.read_published(tmp_path / name, "us")
+        for key, tensor in expected.items():
+            if tensor.is_floating_point():
+                assert torch.equal(tensors[key], tensor)
+                assert tensors[key].dtype == torch.float32
+    assert tensors["us.body.0.count"].dtype == torch.int64
+    assert "us.step" not in tensors
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"model.extra": torch.zeros(1)}, "expected the layout of AdaFace, CVLface or TFace"),
+    ({"layer1.0.bn1.weight": torch.zeros(1)}, "found backbone.layer1.0.bn1.weight"),
+    (Path("of a class that weights never are"), "expected published weights")])
+def test_what_is_no_published_recogniser_is_one_clear_line(tmp_path, capsys, content, said):
+    """Other layouts, InsightFace's own among them, and files that hold no weights."""
+    torch.save(content, tmp_path / "b.pth")
+    line = stops(capsys, model.load_recogniser, tmp_path / "b.pth")
+    assert "b.pth: expected" in line and said in line
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_runs_nothing(tmp_path, monkeypatch, small, zipped):
+    """Classes that it names are replaced by empty ones, or refused."""
+    monkeypatch.chdir(tmp_path)
+    content = {"state_dict": prefixed("net.", small), "hook": Payload()}
+    torch.save(content, "p.pth", _use_new_zipfile_serialization=zipped)
+    try:
+        model.load_recogniser("p.pth")
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert os.listdir() == ["p.pth"]
+
+
+# ------------------------------------------------------------------------------------------------ align.py
+
+def test_the_similarity_of_two_sets_of_points_is_the_best_one():
+    """Exact where there is one; else no other scale, turn or shift comes nearer."""
+    points = torch.rand(3, 5, 2)
+    scale, shift = torch.randn(2, 3, 1, dtype=torch.complex64)
+    exact = align.similarity(points, align.move(points, scale, shift))
+    assert torch.allclose(exact[0], scale, atol=1e-4) and torch.allclose(exact[1], shift, atol=1e-4)
+
+    others = torch.rand(3, 5, 2)
+    error = lambda scale, shift: (align.move(points, scale, shift) - others).square().sum((1, 2))
+    scale, shift = align.similarity(points, others)
+    for nudge in (0.01, -0.01, 0.01j, -0.01j):
+        assert (error(scale + nudge, shift) > error(scale, shift)).all()
+        assert (error(scale, shift + nudge) > error(scale, shift)).all()
+
+
+def distance_to(x, y, side):
+    """The distance of each pixel of a square image (side, side) to a point."""
+    middles = np.arange(side) + 0.5
+    return np.hypot(middles - x, middles[:, None] - y)
+
+
+@pytest.mark.parametrize("zoom, angle", [(1.0, 0.0), (0.6, 0.4), (6.0, -0.7)])
+def test_crops_put_the_landmarks_where_they_say(zoom, angle):
+    """White dots at the landmarks of a photograph are found at the landmarks of its crop."""
+    turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    points = 112 * zoom * (data.TEMPLATE - 0.5) @ turn + 500
+    points[2] += 3 * zoom                                               # a nose off the template
+    nearest = np.min([distance_to(x, y, 1000) for x, y in points.tolist()], 0)
+    dots = 255 * (3 * zoom + 0.5 - nearest).clip(0, 1)
+    photo = Image.fromarray(np.uint8(dots)).convert("RGB")
+    crop, landmarks = align.crop_face(photo, points, 112)
+
+    grey = np.asarray(crop.convert("L"), float)
+    for x, y in landmarks.tolist():
+        light = grey * (distance_to(x, y, 112) < 7)
+        middles = np.arange(112) + 0.5
+        found_x, found_y = light.sum(0) @ middles / light.sum(), light.sum(1) @ middles / light.sum()
+        assert np.hypot(found_x - x, found_y - y) < 0.5
+    assert (landmarks - 112 * data.TEMPLATE).norm(dim=1).max() < 4
+
+
+def test_the_largest_face_counts_by_size_and_score(monkeypatch):
+    """Found at 640 pixels at most, given in pixels of the photograph; faces under 40 pixels do not count."""
+    boxes = torch.tensor([[0., 0, 200, 200], [300, 0, 450, 150], [500, 0, 515, 600], [0, 300, 19, 319]])
+    landmarks = torch.arange(4.).view(4, 1, 1).expand(4, 5, 2)
+    scores = torch.tensor([0.5, 0.95, 1.0, 1.0])                        # times area: 20,000 and 21,375
+    seen = []
+
+    def detect(detector, images):
+        seen.append(images.shape)
+        yield scores, boxes, landmarks
+    monkeypatch.setattr(align, "detect_faces", detect)
+    found = align.largest_face(None, Image.new("RGB", (1280, 960)))
+    assert seen == [(1, 3, 480, 640)]
+    assert torch.equal(found, 2 * landmarks[1])
+    align.largest_face(None, Image.new("RGB", (300, 200)))
+    assert seen[1] == (1, 3, 200, 300)                                  # never enlarged
+    boxes[:3] = boxes[3]
+    with pytest.raises(ValueError, match="no face of 40 pixels"):
+        align.largest_face(None, Image.new("RGB", (640, 640)))
+
+
+@pytest.mark.parametrize("angle, expected", [(0, True), (4, True), (20, False), (90, False), (None, False)])
+def test_a_crop_whose_face_does_not_stand_upright_is_refused(monkeypatch, angle, expected):
+    """By a second look at the crop, which may also find no face at all."""
+    found = torch.full((1, 5, 2), torch.nan)
+    if angle is not None:
+        turn = torch.polar(torch.tensor([1.]), torch.tensor([math.radians(angle)]))
+        found = align.move(data.TEMPLATE[None] - 0.5, turn, torch.tensor([0j])) + 0.5
+    monkeypatch.setattr(align, "crop_landmarks", lambda detector, crops: found)
+    assert bool(align.upright(None, Image.new("RGB", (112, 112)))) == expected
+
+
+def see_red_squares(_, images):
+    """A detector for `align` that takes a red square for a face, in each half of a photograph."""
+    for image in images:
+        red = (image[0] > 200) & (image[2] < 60)
+        width = image.shape[2]
+        boxes = []
+        for first, last in ((0, width // 2), (width // 2, width)):
+            ys, xs = red[:, first:last].nonzero(as_tuple=True)
+            if len(xs):
+                boxes.append([first + xs.min(), ys.min(), first + xs.max() + 1, ys.max() + 1])
+        boxes = torch.tensor(boxes, dtype=torch.float).view(-1, 4)
+        corner, sides = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]
+        yield torch.ones(len(boxes)), boxes, corner + sides * data.TEMPLATE
+
+
+def photo(path, *squares, size=(900, 600), mode="RGB", **options):
+    """Saves a white photograph with squares (x, y, side), red, with more green on their left and if large."""
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for x, y, side in squares:
+        draw.rectangle((x, y, x + side - 1, y + side - 1), (255, side // 4, 0))
+        draw.rectangle((x, y, x + side // 2, y + side - 1), (255, side // 4 + 90, 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.convert(mode).save(path, **options)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """An empty folder of photographs, in which `align` takes red squares for faces."""
+    monkeypatch.setattr(align, "load_detector", lambda *_: None)
+    monkeypatch.setattr(align, "detect_faces", see_red_squares)
+    monkeypatch.setattr(align, "upright", lambda _, crop: crop.getpixel((20, 20))[2] < 60)
+    (tmp_path / "photos").mkdir()
+    return tmp_path / "photos"
+
+
+def rejected(out):
+    """{file: reason} of rejected.csv."""
+    header, *rows = csv.reader((out / "rejected.csv").open())
+    assert header == ["file", "reason"]
+    return dict(rows)
+
+
+def test_photographs_become_aligned_crops(photos, tmp_path):
+    """Large or turned, with two faces: a crop shows the largest face, upright, on the template."""
+    turned = Image.Exif()
+    turned[0x112] = 6                                                   # seen after a quarter turn
+    photo(photos / "ann/huge.png", (1000, 1000, 900), size=(5000, 4000))
+    photo(photos / "ann/turned.jpg", (10, 350, 200), exif=turned)
+    photo(photos / "ann/two.png", (40, 40, 300), (500, 250, 100), mode="RGBA")
+    printed = here("tools.align", "photos", "--out", "out", cwd=tmp_path)
+    assert "3 faces in out; 0 files of photos in rejected.csv" in printed
+
+    out = tmp_path / "out"
+    names = ["huge.png.jpg", "turned.jpg", "two.png.jpg"]
+    assert sorted(path.name for path in (out / "ann").iterdir()) == names
+    crops = {name: pil_to_tensor(data.open_image(out / "ann" / name)).float() for name in names}
+    for crop in crops.values():
+        red, _, blue = crop
+        assert crop.shape == (3, 112, 112)
+        assert red.mean() > 225 and blue[8:-8, 8:-8].mean() < 40        # the square fills the crop
+    upper, lower = crops["turned.jpg"][1, :56], crops["turned.jpg"][1, 56:]
+    assert upper.mean() > lower.mean() + 50                             # what was left is up
+    assert 150 < crops["two.png.jpg"][1, :, :50].mean() < 180           # the larger one: 300 // 4 + 90
+    landmarks = data.Faces([out]).landmarks
+    assert torch.allclose(landmarks, data.TEMPLATE.expand(3, 5, 2), atol=1e-3)
+
+
+def test_every_file_that_is_not_cut_has_a_row_with_the_reason(photos, tmp_path):
+    """No face, a small one, one that is not upright, no photograph, nobody's photograph."""
+    photo(photos / "ann/good.png", (40, 40, 300))
+    photo(photos / "ann/none.png")
+    photo(photos / "ann/small.png", (100, 100, 30))
+    photo(photos / "nobody.png", (40, 40, 300))
+    lying = Image.open(photos / "ann/good.png")
+    ImageDraw.Draw(lying).rectangle((60, 60, 140, 140), "white")        # where the fixture's `upright` looks
+    lying.save(photos / "ann/lying.png")
+    (photos / "ann/broken.jpg").write_bytes(b"no picture")
+    (photos / "ann/notes.txt").write_bytes(b"no picture")
+    count, refused = align.align(photos, tmp_path / "out", None)
+    reasons = rejected(tmp_path / "out")
+    assert (count, refused) == (1, 6)
+    assert reasons.pop("ann/broken.jpg").startswith("unreadable: ")
+    assert reasons == {
+        "ann/lying.png": "the face is not upright, or hardly seen", "ann/none.png": "no face",
+        "ann/notes.txt": "its suffix is not that of an image", "ann/small.png": "no face of 40 pixels",
+        "nobody.png": "not in the folder of an identity"}
+
+
+def test_crops_that_are_there_are_not_cut_again(photos, tmp_path, monkeypatch):
+    """But those that a killed run did not leave whole are, to the same bytes."""
+    photo(photos / "ann/1.png", (40, 40, 300))
+    photo(photos / "ann/2.jpg", (40, 40, 200))
+    out = tmp_path / "out"
+    align.align(photos, out, None)
+    before = contents(out)
+    opened = []
+
+    def spy(path):
+        opened.append(path.name)
+        return data.open_image(path)
+    monkeypatch.setattr(align, "open_image", spy)
+    align.align(photos, out, None)
+    assert opened == [] and before == contents(out)
+    (out / "ann/1.png.jpg").unlink()
+    align.align(photos, out, None)
+    assert opened == ["1.png"] and before == contents(out)
+    (out / "landmarks.csv").unlink()
+    align.align(photos, out, None)
+    assert sorted(opened) == ["1.png", "1.png", "2.jpg"] and before == contents(out)
+
+
+def test_photographs_that_came_later_are_added(photos, tmp_path):
+    """Rows of photographs that are no longer there stay in both tables."""
+    photo(photos / "ann/1.png", (40, 40, 300))
+    photo(photos / "ann/none.png")
+    align.align(photos, tmp_path / "out", None)
+    shutil.rmtree(photos)
+    photo(photos / "bob/1.png", (40, 40, 300))
+    photo(photos / "bob/none.png")
+    count, refused = align.align(photos, tmp_path / "out", None)
+    assert (count, refused) == (2, 1)
+    assert list(data.Faces([tmp_path / "out"]).people) == ["ann", "bob"]
+    assert data.Faces([tmp_path / "out"]).landmarks.isfinite().all()
+    assert list(rejected(tmp_path / "out")) == ["ann/none.png", "bob/none.png"]
+
+
+def test_photographs_of_one_name_do_not_overwrite_each_other(photos, tmp_path):
+    """a.png becomes a.png.jpg; a.png.jpg, where both are there, a.png.jpg.jpg."""
+    photo(photos / "ann/a.png", (40, 40, 300))
+    photo(photos / "ann/a.png.jpg", (40, 40, 200))
+    photo(photos / "ann/b.jpg", (40, 40, 200))
+    align.align(photos, tmp_path / "out", None)
+    crops = sorted(path.name for path in (tmp_path / "out/ann").iterdir())
+    assert crops == ["a.png.jpg", "a.png.jpg.jpg", "b.jpg"]
+
+
+def test_hidden_folders_and_files_are_passed_by(photos, tmp_path):
+    """They are a system's thumbnails and the like, and no rows tell of them."""
+    photo(photos / "ann/1.png", (40, 40, 300))
+    photo(photos / ".thumbnails/ann.png", (40, 40, 300))
+    photo(photos / "ann/.trash/2.png", (40, 40, 300))
+    photo(photos / "ann/.3.png", (40, 40, 300))
+    assert align.align(photos, tmp_path / "out", None) == (1, 0)
+    assert [*contents(tmp_path / "out/ann")] == ["1.png.jpg"]
+    assert rejected(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("out", [".", "ann", "new/faces", "../photos/faces"])
+def test_crops_never_go_into_the_photographs(photos, tmp_path, capsys, out):
+    """There they would be photographs the next time."""
+    photo(photos / "ann/1.png", (40, 40, 300))
+    before = contents(photos)
+    line = stops(capsys, align.align, photos, photos / out, None)
+    assert "lies in the photographs" in line
+    assert before == contents(photos)
+
+
+def test_photographs_without_any_face_end_in_one_line(photos, tmp_path, capsys):
+    """It names the table that says why; an empty folder, or none, is told as such."""
+    assert "no files in it" in stops(capsys, align.align, photos, tmp_path / "out", None)
+    assert "no such folder" in stops(capsys, align.align, tmp_path / "nowhere", tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+    photo(photos / "ann/none.png")
+    line = stops(capsys, align.align, photos, tmp_path / "out", None)
+    assert "no face found in any of 1 files" in line and "rejected.csv" in line
+    assert rejected(tmp_path / "out") == {"ann/none.png": "no face"}
+
+
+def test_a_full_disk_stops_the_run_which_keeps_what_it_did(photos, tmp_path, monkeypatch):
+    """The system's failures are no photograph's fault: they end the run, and the tables are written."""
+    photo(photos / "ann/1.png", (40, 40, 300))
+    photo(photos / "ann/2.png", (40, 40, 300))
+
+    def fails_at_2(path):
+        if path.name == "2.png":
+            raise OSError(errno.ENOSPC, "no space left")
+        return data.open_image(path)
+    monkeypatch.setattr(align, "open_image", fails_at_2)
+    monkeypatch.setattr(align, "processors", lambda: 1)
+    with pytest.raises(OSError, match="no space left"):
+        align.align(photos, tmp_path / "out", None)
+    assert data.Faces([tmp_path / "out"]).landmarks.isfinite().all()
+    assert rejected(tmp_path / "out") == {}
+
+
+# --------------------------------------------------------------------------------- with tools/ and without
+
+def test_align_is_a_command_of_any_folder(tmp_path):
+    """It says what it takes, and ends in one line where its detector sees no face."""
+    photo(tmp_path / "photos/ann/1.png", (40, 40, 300))
+    write_detector(tmp_path / "w.pth")
+    assert "python tools/align.py photos/ --out faces/" in here("tools.align", "--help", cwd=tmp_path)
+    arguments = ("photos", "--out", "faces", "--weights", "w.pth")
+    printed = command(ROOT / "tools/align.py", *arguments, cwd=tmp_path, code=2)
+    assert "error: photos: no face found in any of 1 files" in printed
+    assert rejected(tmp_path / "faces") == {"ann/1.png": "no face"}
+
+
+def test_each_tool_and_each_script_can_be_imported_first(tmp_path):
+    """Whatever is imported first, no import is circular, and no script imports a tool before it needs it."""
+    tools = [f"tools.{name}" for name in ("toys", "insightface", "retinaface", "published", "align")]
+    scripts = [name.removesuffix(".py") for name in SCRIPTS]
+    (tmp_path / "first.py").write_text(f"""
+import importlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+ours = {tools + scripts}
+for name in ours:
+    for other in [*ours, "tools"]:
+        sys.modules.pop(other, None)
+    importlib.import_module(name)
+    imported = [other for other in sys.modules if other.startswith("tools")]
+    print(name, "imports a tool" if imported and name in {scripts} else "ok")
+""")
+    lines = command("first.py", cwd=tmp_path).splitlines()
+    assert lines == [f"{name} ok" for name in tools + scripts]
+
+
+def test_the_six_scripts_do_without_tools_until_they_need_one(tmp_path):
+    """On a folder with landmarks.csv they train; where a tool is missing, one line says so."""
+    for name in SCRIPTS:
+        shutil.copy(ROOT / name, tmp_path)
+    folder(tmp_path / "faces", 4, 4)
+    (tmp_path / "all.py").write_text("""
+import os, sys, dit_train, fr_train, model
+for script, arguments in ((fr_train, "--data faces --epochs 1 --batch 8"),
+                          (dit_train, "--arch Ti/8 --steps 1 --batch 4"), (dit_train, "--out runs/other")):
+    sys.argv[1:] = arguments.split()
+    model.run(script.main)
+    if os.path.exists("runs/dit/model.safetensors"):
+        os.remove("faces/landmarks.csv")
+""")
+    printed = command("all.py", cwd=tmp_path, code=2)
+    assert "step      1/1" in printed
+    assert printed.count("error: ") == 1 and "copy the folder tools/ beside the scripts" in printed
+    assert sorted(os.listdir(tmp_path / "runs")) == ["dit", "fr"]
+
+
+@pytest.mark.parametrize("missing, caught", [("tools", True), ("tools.toys", True), ("toolsmith", False),
+                                             ("numpy", False), (None, False)])
+def test_only_a_missing_tool_is_told_to_be_copied(capsys, missing, caught):
+    """Any other module that is missing keeps its traceback."""
+    def main():
+        raise ModuleNotFoundError("not found", name=missing)
+    if caught:
+        assert "copy the folder tools/" in stops(capsys, model.run, main)
+    else:
+        with pytest.raises(ModuleNotFoundError):
+            model.run(main)
