@@ -229,13 +229,18 @@ def draw_closest(path, data, found, real):
 
 # ----------------------------------------------------------------------------------------------------- report
 
+def averaged_of(benchmarks):
+    """The names of the benchmarks that the average is of: the field's five, so that it compares, or else all."""
+    return [name for name in FIELD if name in benchmarks] or [*benchmarks]
+
+
 def verify(recognisers, benchmarks, averaged):
     """{recogniser: {benchmark: {accuracy, std}, "average": of those `averaged`}}, on benchmarks {name: path}."""
     models = {folder: {} for folder in recognisers}
     read = lru_cache(1)(read_benchmark)                         # once for all recognisers of one size
-    for name, path in benchmarks.items():
+    for name in dict.fromkeys([*averaged, *benchmarks]):        # in the field's order
         for folder, (backbone, _, _) in recognisers.items():
-            images, same = read(path, backbone.config["size"])
+            images, same = read(benchmarks[name], backbone.config["size"])
             models[folder][name] = verification(pair_distances(backbone, images), same)
     for scores in models.values():
         scores["average"] = float(np.mean([scores[name]["accuracy"] for name in averaged]))
@@ -294,14 +299,9 @@ def main():
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
 
-    # Accuracy. The average is of the field's five alone, so that it compares; of all if none of these is there.
-    of_field = {name: benchmarks[name] for name in FIELD if name in benchmarks}
-    averaged = [*(of_field or benchmarks)]
-    models = verify(recognisers, of_field | benchmarks, averaged) if benchmarks else {}
-    report = {"judge": folders[0], "models": models, "datasets": {}}
-
-    # Quality and leakage.
-    leaks = []
+    averaged = averaged_of(benchmarks)
+    models = verify(recognisers, benchmarks, averaged) if benchmarks else {}
+    report, leaks = {"judge": folders[0], "models": models, "datasets": {}}, []
     if datasets:
         real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]))
         strangers = resemblance(real, real, real.labels)

@@ -80,6 +80,14 @@ def load(args):
     return dit, tensors["poses.landmarks"], backbone, prototypes, fr
 
 
+def embed_real(backbone, prototypes, faces, rows):
+    """The FaceSet of real faces, labelled with the rows of W (I,), and what a picture's cosines must stay below."""
+    real = embed_faces(backbone, prototypes, faces)
+    real = real._replace(labels=rows.to(DEVICE)[real.labels])
+    thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
+    return real, thresholds
+
+
 def people_to_draw(args, names, n, rows):
     """{row of W: number of pictures to draw}, given the rows (M,) of real images; ends the program if nobody."""
     if args.real_to:
@@ -231,9 +239,7 @@ def main():
     claim(out, vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=digest(args.fr)))
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
-    real = embed_faces(backbone, prototypes, faces)
-    real = real._replace(labels=rows.to(DEVICE)[real.labels])
-    thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
+    real, thresholds = embed_real(backbone, prototypes, faces, rows)
 
     # This rank's people, and how far each of their pictures is.
     mine = np.array([*wanted][RANK::int(os.environ.get("WORLD_SIZE", 1))], np.int64)

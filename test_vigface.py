@@ -1,4 +1,8 @@
-"""Run with `python -m pytest -q`: formulas against naive ones, invariants, scripts as users run them."""
+"""Run with `python -m pytest -q`.
+
+First the method, restated naively: what each function must give, in loops that follow the paper. Then faces
+and their batches. Then the scripts, as users run them.
+"""
 import contextlib
 import csv
 import importlib
@@ -7,13 +11,14 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-from functools import partial
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,26 +28,1854 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""                                 # before the scripts look for a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before the scripts look for a GPU
 import data
 import dit_train
 import evaluate
 import fr_train
 import model
 import sample
+from model import DiT, DiTBlock, Prototypes, Recogniser
 from tools import retinaface, toys
 
 HERE = Path(__file__).parent
-THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
     torch.manual_seed(0)
-    torch.set_num_threads(THREADS)                                              # align sets one
 
+
+# =============================================================================== the method, restated naively
+
+def same(found, expected, within=1e-5):
+    """Whether two tensors, lists or numbers agree but for rounding."""
+    found = torch.as_tensor(found).double()
+    expected = torch.as_tensor(expected).double()
+    return found.shape == expected.shape and torch.allclose(found, expected, within, within)
+
+
+def unit(x):
+    """Vectors of length 1 in the direction of each row of x."""
+    return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+def units(*shape):
+    """Random vectors of length 1."""
+    return unit(torch.randn(*shape))
+
+
+def normal(x, within):
+    """Whether numbers look normally distributed: mean 0, standard deviation 1."""
+    return abs(x.mean()) < within and abs(x.std() - 1) < within
+
+
+def randomise(module, spread=0.3):
+    """Gives every parameter and running statistic a random value, so that nothing is zero by chance."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, spread)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return module
+
+
+# ------------------------------------------------------------------------- stage 1: recogniser and embeddings
+
+def naive_recogniser(net, x):
+    """IR-SE: a convolution, residual units, a linear layer; batch norms everywhere. The units' keys say what
+    stands where.
+    """
+    def norm(x, layer):
+        return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
+
+    def prelu(x, layer):
+        slope = layer.weight.view(-1, 1, 1)
+        return torch.where(x > 0, x, slope * x)
+
+    first = net.input_layer
+    x = F.conv2d(x, first[0].weight, padding=1)
+    x = prelu(norm(x, first[1]), first[2])
+
+    place = 0
+    for count in net.config["units"]:
+        for stride in [2] + [1] * (count - 1):              # the first unit of a stage halves the image
+            unit = net.body[place]
+            place += 1
+            norm1, conv1, norm2, slope, conv2, norm3, gates = unit.res_layer
+            h = F.conv2d(norm(x, norm1), conv1.weight, padding=1)
+            h = prelu(norm(h, norm2), slope)
+            h = F.conv2d(h, conv2.weight, padding=1, stride=stride)
+            h = norm(h, norm3)
+
+            pooled = h.mean((2, 3), keepdim=True)           # squeeze and excite
+            gate = torch.relu(F.conv2d(pooled, gates.fc1.weight))
+            gate = torch.sigmoid(F.conv2d(gate, gates.fc2.weight))
+            h = h * gate
+
+            shortcut = x[:, :, ::stride, ::stride]
+            if x.shape[1] != h.shape[1]:
+                shortcut = F.conv2d(shortcut, unit.shortcut_layer[0].weight)
+                shortcut = norm(shortcut, unit.shortcut_layer[1])
+            x = h + shortcut
+
+    norm1, _, _, linear, norm2 = net.output_layer
+    x = norm(x, norm1).flatten(1)
+    return norm(x @ linear.weight.T + linear.bias, norm2)
+
+
+def test_the_recogniser_is_ir_se():
+    tiny = dict(size=32, dim=8, width=16, units=(1, 2, 1, 1))
+    net = randomise(Recogniser(**tiny)).eval()
+    bgr = Recogniser(**tiny, bgr=True).eval()
+    bgr.load_state_dict(net.state_dict())
+    x = torch.randn(3, 3, 32, 32)
+    expected = naive_recogniser(net, x)
+    assert same(net(x), expected, 1e-3)
+    assert same(bgr(x[:, [2, 1, 0]]), expected, 1e-3)
+    assert net.train()(x).shape == (3, 8)
+
+
+def parameters_of(network, **config):
+    """How many parameters a network would have."""
+    with torch.device("meta"):
+        net = network(**config)
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def test_published_recognisers_have_as_many_parameters():
+    assert parameters_of(Recogniser) == 43_808_320          # IR-SE50
+    r18 = dict(units=(2, 2, 2, 2), se=False)                # AdaFace published it
+    assert parameters_of(Recogniser, **r18) == 24_020_352
+
+
+def test_a_fresh_recogniser_keeps_the_scale_of_its_features():
+    net = Recogniser(size=32, dim=8)
+    weight = net.body[-1].res_layer[1].weight
+    variance = 2 / weight[0].numel()                        # He et al. 2015
+    assert same(weight.var().item(), variance, 0.02 * variance)
+    assert net.output_layer[1].p == 0.4                     # dropout
+
+
+class Linear(nn.Module):
+    """A recogniser of images of S x S pixels that is one matrix, so that all can be computed by hand."""
+
+    def __init__(self, size=4, dim=6):
+        super().__init__()
+        self.config = dict(size=size, dim=dim)
+        self.layer = nn.Linear(3 * size ** 2, dim)
+        self.kinds = []                                     # of numbers, that it computed in
+
+    def forward(self, x):
+        f = self.layer(x.flatten(1))
+        self.kinds.append(f.dtype)
+        return f
+
+
+def naive_embed(backbone, images):
+    """The sum of the embeddings of each image and of its mirror image."""
+    x = (images.float() - 127.5) / 127.5
+    mirrored = x.flip(3)
+    with torch.no_grad():
+        return backbone.layer(x.flatten(1)) + backbone.layer(mirrored.flatten(1))
+
+
+def random_images(count, size=4):
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def test_embeddings_sum_an_image_and_its_mirror_image(monkeypatch):
+    backbone, images = Linear(), random_images(5)
+    monkeypatch.setattr(model, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    expected = naive_embed(backbone, images)
+    exact = model.embed(backbone, images, batch=2, unit=False, exact=True)
+    assert same(exact, expected)
+    assert set(backbone.kinds) == {torch.float32}           # accuracies compare with published ones
+    exact = model.embed(backbone, images, batch=2, exact=True)
+    assert same(exact, unit(expected))
+
+    fast = model.embed(backbone, images, unit=False)
+    assert backbone.kinds[-1] == torch.bfloat16 and fast.dtype == torch.float32
+    assert same(fast, expected, 0.05)
+
+
+def test_an_embedding_that_is_not_a_number_ends_the_program(capsys):
+    backbone = Linear()
+    backbone.layer.bias.data[0] = torch.nan
+    assert "NaN" in stops(capsys, model.embed, backbone, random_images(2))
+
+
+def test_networks_see_numbers_from_minus_one_to_one():
+    stored = torch.arange(256, dtype=torch.uint8)
+    seen = model.to_float(stored)
+    assert seen[[0, 255]].tolist() == [-1, 1]
+    assert seen[51].item() == pytest.approx((51 - 127.5) / 127.5)
+    assert torch.equal(model.to_uint8(seen), stored)
+    between = (torch.tensor([-90, 100.4, 100.6, 300]) - 127.5) / 127.5
+    assert model.to_uint8(between).tolist() == [0, 100, 101, 255]
+
+
+# ----------------------------------------------------------------------------- stage 1: the two margin losses
+
+def cosines_of_one_image(cosine):
+    """Its cosines to three people; it is of the second."""
+    cosines = [[0.3, cosine, -0.1]]
+    return torch.tensor(cosines, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("cosine", [0.9, 0.2, -0.5, -0.95, 1.0, -1.0])
+def test_arcface_adds_the_margin_to_the_angle(cosine):
+    """s cos(theta + m) at the label. Beyond pi the cosine would rise again: there it goes on falling."""
+    cos = cosines_of_one_image(cosine)
+    logits = model.arcface(cos, torch.tensor([1]))
+    theta = math.acos(cosine)
+    expected = math.cos(theta + 0.5)
+    if theta + 0.5 > math.pi:
+        expected = cosine - 0.5 * math.sin(0.5)
+    assert same(logits[0] / 64, [0.3, expected, -0.1])
+
+    logits.sum().backward()
+    assert cos.grad.isfinite().all()
+    if abs(cosine) < 0.9:
+        slope = math.sin(theta + 0.5) / math.sin(theta)     # d cos(theta + m) / d cos(theta)
+        assert same(cos.grad[0], [64, 64 * slope, 64])
+
+
+@pytest.mark.parametrize("quality", [-1.0, -0.3, 0.0, 0.6, 1.0])
+@pytest.mark.parametrize("cosine", [0.98, 0.2, -0.5, -0.98])
+def test_adaface_has_a_margin_that_depends_on_quality(quality, cosine):
+    """s (cos(theta + g_angle) - g_add), where g_angle = -m q and g_add = m + m q."""
+    cos = cosines_of_one_image(cosine)
+    q = torch.tensor([[quality]], dtype=torch.float64)
+    logits = model.adaface(cos, torch.tensor([1]), q)
+    m, theta = 0.4, math.acos(cosine)
+    angle = theta - m * quality
+    angle = min(max(angle, 1e-3), math.pi - 1e-3)
+    expected = math.cos(angle) - (m + m * quality)
+    assert same(logits[0] / 64, [0.3, expected, -0.1])
+
+    logits.sum().backward()
+    slope = 0
+    if 1e-3 < angle < math.pi - 1e-3:
+        slope = math.sin(angle) / math.sin(theta)
+    assert same(cos.grad[0], [64, 64 * slope, 64])
+
+
+@pytest.mark.parametrize("head", [model.arcface, model.adaface])
+def test_each_image_has_its_own_label_margin_and_scale(head):
+    cos = torch.rand(3, 4) - 0.5
+    labels = torch.tensor([2, 0, 3])
+    quality = torch.tensor([[0.5], [0.0], [-0.5]])
+    plain = head(cos, labels, quality, margin=0.0, scale=7.0)
+    assert same(plain, 7 * cos)                             # without a margin, cosines are left
+    logits = head(cos, labels, quality, margin=0.3, scale=7.0)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = head(cos[one], labels[one], quality[one], margin=0.3, scale=7.0)
+        assert same(logits[one], alone)
+        changed = (logits[i] - plain[i]).abs() > 1e-3
+        assert changed.nonzero().flatten().tolist() == [labels[i]]
+
+
+def test_the_margins_are_the_published_ones():
+    assert model.MARGINS["arcface"] == (model.arcface, 0.5)
+    assert model.MARGINS["adaface"] == (model.adaface, 0.4)
+    cos, label, average = torch.tensor([[1.0, -1.0]]), torch.tensor([0]), torch.zeros(1, 1)
+    logits = model.adaface(cos, label, average)
+    assert same(logits[0, 1] / 64, 1e-3 - 1)                # cosines stay off 1, where acos has no slope
+
+
+def test_norm_quality_compares_a_norm_with_its_running_averages():
+    prototypes, mean, std = Prototypes(2, 2, 8), 20.0, 100.0
+    for spread in (1, 300, 1e-5, 9):                        # norms count from 0.001 to 100
+        f = spread * torch.rand(6, 1) * unit(torch.randn(6, 8))
+        norms = f.norm(dim=1).clamp(1e-3, 100)
+        mean = 0.99 * mean + 0.01 * norms.mean()
+        std = 0.99 * std + 0.01 * norms.std()
+        expected = 0.333 * (norms - mean) / (std + 1e-3)
+        found = model.norm_quality(f, prototypes)
+        assert same(found[:, 0], expected.clamp(-1, 1))
+    assert same(prototypes.norm_mean, mean) and same(prototypes.norm_std, std)
+
+    prototypes.norm_std.fill_(0.1)
+    f = torch.tensor([[0.0, 0.0], [0.0, 90.0]])
+    assert model.norm_quality(f, prototypes).tolist() == [[-1], [1]]
+
+
+def test_the_quality_head_learns_the_cr_fiqa_ratio_and_disturbs_nothing():
+    """Own cosine / (cosine to the nearest other person + 1), by a smooth L1 loss that turns at 1/2."""
+    prototypes = Prototypes(4, 3, 8)
+    f = torch.randn(5, 8, requires_grad=True)
+    labels = [0, 1, 2, 3, 0]
+    cos = unit(f) @ unit(prototypes.real).T
+    losses = []
+    for cosines, label, score in zip(cos.tolist(), labels, prototypes.certainty(f)):
+        own = cosines.pop(label)
+        ratio = own / (max(cosines) + 1 + 1e-9)
+        gap = abs(score.item() - ratio)
+        losses.append(gap ** 2 if gap < 0.5 else gap - 0.25)
+    loss = model.certainty_loss(f, cos, torch.tensor(labels), prototypes)
+    assert same(loss.item(), np.mean(losses))
+
+    loss.backward()
+    assert f.grad is None and prototypes.real.grad is None
+    assert prototypes.certainty.weight.grad.any()
+
+
+# -------------------------------------------------------------------------------- stage 1: virtual prototypes
+
+def moment_of(vectors):
+    """The second moment: the mean of v v^T."""
+    return sum(v.outer(v) for v in vectors) / len(vectors)
+
+
+def test_virtual_prototypes_are_seen_through_the_moment_of_real_ones():
+    prototypes = randomise(Prototypes(5, 3, 4))
+    real, virtual = unit(prototypes.real), unit(prototypes.virtual)
+    found = prototypes.unit()
+    assert same(found[:5], real)
+    assert same(found[5:], unit(virtual @ moment_of(real)))
+    found[5:].sum().backward()
+    assert prototypes.real.grad is None or not prototypes.real.grad.any()
+    assert prototypes.virtual.grad.any()
+
+    paper = randomise(Prototypes(5, 3, 4, True))            # free vectors
+    plain = torch.cat([unit(paper.real), unit(paper.virtual)])
+    assert same(paper.unit(), plain)
+    paper.settle(torch.eye(4) / 4)
+    assert same(paper.to_draw(), plain)
+
+
+def test_powers_of_a_moment():
+    moment = moment_of(torch.randn(30, 5))
+    root, inverse = model.power(moment, 0.5), model.power(moment, -0.5)
+    assert same(root @ root, moment)
+    assert same(inverse @ moment @ inverse, torch.eye(5), 1e-4)
+    assert root.dtype == torch.float32
+    flat = torch.tensor([[4.0, 0.0], [0.0, 0.0]])           # has no inverse: 1e-6 stands for 0
+    assert same(model.power(flat, -0.5), [[0.5, 0.0], [0.0, 1000.0]])
+
+
+def test_settled_prototypes_are_whitened_and_given_two_moments():
+    prototypes = randomise(Prototypes(30, 20, 4))
+    spread = torch.tensor([3, 1, 1, 0.2])
+    people = moment_of(torch.randn(9, 4) * spread)
+    prototypes.settle(people)
+    real = unit(prototypes.real.detach())
+    virtual = unit(prototypes.virtual.detach())
+    white = virtual @ model.power(moment_of(virtual), -0.5)
+    assert same(moment_of(white), torch.eye(4), 1e-4)
+    wanted = 2 / 3 * moment_of(real) + 1 / 3 * people
+    settled = unit(white @ model.power(wanted, 0.5))
+    assert same(prototypes.to_draw(), torch.cat([real, settled]), 1e-4)
+    before = prototypes.to_draw()
+    randomise(prototypes)                                   # training goes on: what is drawn stays
+    assert torch.equal(prototypes.to_draw()[30:], before[30:])
+
+
+def test_the_moment_of_people_is_the_mean_over_pairs_of_images_of_one_person():
+    f = units(11, 4)
+    labels = torch.tensor([0] * 5 + [2] * 2 + [1] * 3 + [3])        # the last has one image: no pair
+    total = 0
+    for person in range(3):
+        pairs = [*itertools.permutations(f[labels == person], 2)]
+        total = total + sum(a.outer(b) for a, b in pairs) / len(pairs)
+    total = total + 1e-3 * moment_of(f)                     # decides if nobody has two images
+    assert same(model.person_moment(f, labels), total / total.trace())
+    alone = model.person_moment(f, torch.arange(11))
+    assert same(alone, moment_of(f) / moment_of(f).trace())
+
+    sums, count = model.class_sums(f, labels)
+    assert count.tolist() == [5, 3, 2, 1]
+    for person in range(4):
+        assert same(sums[person], f[labels == person].sum(0))
+
+
+def test_virtual_prototypes_lie_where_people_do():
+    """People differ along 20 of 64 directions, and so must virtual ones."""
+    n, k, dim, used = 3000, 2000, 64, 20
+    axes = torch.linalg.qr(torch.randn(dim, dim))[0]
+    spread = torch.linspace(1, -0.5, dim)
+    spread[used:] = 0.02
+    prototypes = Prototypes(n, k, dim)
+    with torch.no_grad():
+        prototypes.real.copy_(torch.randn(n, dim) * spread @ axes.T)
+        fled = torch.randn(k, dim) * torch.linspace(0.1, 1, dim)
+        prototypes.virtual.copy_(fled @ axes.T)
+    inside = prototypes.unit()[n:] @ axes[:, :used]
+    assert inside.square().sum(1).mean() > 0.99             # in training
+
+    # Images of a person differ in the other directions, which are not of the person.
+    noise = torch.randn(2 * n, dim) * (1 - spread) @ axes.T
+    f = unit(prototypes.real.detach().repeat(2, 1) + noise)
+    people = model.person_moment(f, torch.arange(n).repeat(2))
+    assert (people @ axes[:, used:]).norm() < 0.3 * people.norm()
+
+    prototypes.settle(torch.eye(dim) / dim)                 # as if people were round
+    real, virtual = prototypes.to_draw().tensor_split([n])
+    wanted = 2 / 3 * real.T @ real / n + torch.eye(dim) / dim / 3
+    difference = virtual.T @ virtual / k - wanted
+    assert difference.norm() < 0.1 * wanted.norm()
+
+
+# ---------------------------------------------------------------------------------- stage 1: VIGFace's losses
+
+def naive_around(w, noise, sigma2):
+    """w + sigma e on the sphere, with sigma such that the cosine to w is that of real embeddings, c."""
+    total = sigma2.sum()                                    # |f - w|^2 = 2 - 2 c
+    c = max(1 - total / 2, 0.1)
+    sigma = (sigma2 / total * (1 / c ** 2 - 1)).sqrt()      # 1 / sqrt(1 + sum sigma^2) = c
+    return unit(w + sigma * noise)
+
+
+@pytest.mark.parametrize("total", [0.3, 1.2, 1.9])
+def test_virtual_embeddings_are_drawn_around_a_prototype(total):
+    w, noise = units(4, 8), torch.randn(4, 8)
+    sigma2 = torch.rand(8)
+    sigma2 *= total / sigma2.sum()
+    assert same(model.around(w, noise, sigma2), naive_around(w, noise, sigma2))
+    assert same(model.around(w, noise, torch.zeros(8)), w)
+
+
+@pytest.mark.parametrize("dim", [64, 512])
+@pytest.mark.parametrize("cosine", [0.5, 0.75, 0.95])
+def test_virtual_embeddings_are_as_close_to_their_prototypes_as_real_ones(dim, cosine):
+    w = units(500, dim)
+    aside = unit(torch.randn_like(w) * torch.linspace(0.5, 1.5, dim))
+    f = unit(w + aside * (1 / cosine ** 2 - 1) ** 0.5)
+    sigma2 = (f - w).square().mean(0)
+    virtual = model.around(w, torch.randn_like(w), sigma2)
+    cosines = (virtual * w).sum(1)
+    assert abs(cosines.mean() - cosine) < 0.02
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 7, 120])
+def test_a_virtual_batch_has_the_paper_s_size_on_average(k):
+    """k b_r / n, rounded, and exact in the sum over steps."""
+    b_real, n = 3, 10
+    sizes = [model.virtual_batch_size(step, k, b_real, n) for step in range(50)]
+    assert sum(sizes) == 50 * k * b_real // n
+    assert all(abs(size - k * b_real / n) < 1 for size in sizes)
+
+
+def naive_margin_loss(head, f, W, label, quality, ramp, scale):
+    """Cross entropy of one unit embedding f over all prototypes W, with the margin at its label."""
+    m = ramp * {"arcface": 0.5, "adaface": 0.4}[head]
+    logits = []
+    for row, w in enumerate(W):
+        cosine = f @ w
+        if row == label and head == "arcface":
+            cosine = torch.cos(torch.acos(cosine) + m)
+        if row == label and head == "adaface":
+            cosine = torch.cos(torch.acos(cosine) - m * quality) - m - m * quality
+        logits.append(scale * cosine)
+    return torch.stack(logits).exp().sum().log() - logits[label]
+
+
+class NaiveStatistics:
+    """The running averages of stage 1: of (f - w)^2, a tenth new at each step; of norms, a hundredth."""
+
+    def __init__(self, dim):
+        self.sigma2, self.mean, self.std = torch.zeros(dim), 20.0, 100.0
+
+    def update(self, f, direction, w):
+        """Takes in a batch; returns AdaFace's quality of each of its images."""
+        squared = (direction - w).square()
+        self.sigma2 = 0.9 * self.sigma2 + 0.1 * squared.mean(0)
+        norms = f.norm(dim=1).clamp(1e-3, 100)
+        self.mean = 0.99 * self.mean + 0.01 * norms.mean()
+        self.std = 0.99 * self.std + 0.01 * norms.std()
+        return 0.333 * (norms - self.mean) / (self.std + 1e-3)
+
+
+def same_gradients(loss, expected, parameters):
+    """Whether two losses pull alike at the parameters, which one of them may not even see."""
+    options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+    one = torch.autograd.grad(loss, parameters, **options)
+    other = torch.autograd.grad(expected, parameters, **options)
+    return all(same(*pair, 1e-3) for pair in zip(one, other))
+
+
+@pytest.mark.parametrize("head", model.MARGINS)
+@pytest.mark.parametrize("ramp", [0.0, 0.3, 1.0])
+def test_vigface_s_losses_and_their_gradients(monkeypatch, head, ramp):
+    """The loss of real embeddings, over all prototypes; the loss of virtual ones, which trains the virtual
+    prototypes alone; both divided by the size of the real batch.
+    """
+    n, k, scale, around, drawn = 5, 4, 8.0, model.around, []
+
+    def spy(w, noise, sigma2):
+        drawn.append((w.detach(), noise, sigma2.clone()))
+        return around(w, noise, sigma2)
+    monkeypatch.setattr(model, "around", spy)
+    prototypes, statistics = randomise(Prototypes(n, k, 8)), NaiveStatistics(8)
+
+    for batch in (6, 7):                                    # two, because averages move
+        labels = torch.arange(batch) % n
+        f = 9 * torch.randn(batch, 8)
+        f[3] = 0.005 * unit(f[3])                           # short: counts as if its norm were 0.01
+        f.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):         # makes no difference to the losses
+            found = model.vigface_loss(f, labels, prototypes, 40, head, ramp, scale)
+
+        W = prototypes.unit()
+        direction = f / f.norm(dim=1, keepdim=True).clamp(min=0.01)
+        with torch.no_grad():
+            quality = statistics.update(f, direction, W[labels])
+        real = 0
+        for one, label, q in zip(direction, labels, quality):
+            real = real + naive_margin_loss(head, one, W, label, q, ramp, scale) / batch
+
+        # Virtual embeddings are of prototypes chosen by chance. Real prototypes do not feel them.
+        w, noise, sigma2 = drawn.pop()
+        chosen = (w @ W.T).argmax(1)
+        assert {*chosen.tolist()} == {*range(n, n + k)} and same(W[chosen], w)
+        assert noise.shape == (40, 8) and normal(noise, 0.15)
+        assert same(sigma2, statistics.sigma2)
+        assert same(prototypes.sigma2, statistics.sigma2)
+        f_virtual = naive_around(W[chosen], noise, sigma2)
+        fixed = torch.cat([W[:n].detach(), W[n:]])
+        virtual = 0
+        for one, label in zip(f_virtual, chosen):
+            virtual = virtual + naive_margin_loss(head, one, fixed, label, 0.0, ramp, scale) / batch
+
+        assert same(found[0], real, 1e-4) and same(found[1], virtual, 1e-4)
+        trained = [f, prototypes.real, prototypes.virtual]
+        assert same_gradients(found[0], real, trained)
+        assert same_gradients(found[1], virtual, trained)
+        pull, = torch.autograd.grad(found[1], [prototypes.virtual])
+        assert pull.any()
+
+        cosines = direction @ W[:n].T                       # the quality head looks at real people alone
+        assert same(found[2], model.certainty_loss(f, cosines, labels, prototypes))
+
+
+def test_without_virtual_people_there_is_no_virtual_loss():
+    prototypes = Prototypes(3, 0, 8)
+    labels = torch.tensor([0, 1, 2, 0])
+    real, virtual, _ = model.vigface_loss(torch.randn(4, 8), labels, prototypes, 0)
+    assert real > 0 and virtual == 0
+
+
+@pytest.mark.parametrize("head", model.MARGINS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_embedding_breaks_the_loss(head, kind):
+    prototypes = Prototypes(4, 4, 8)
+    own, other = prototypes.real[:2].detach()
+    nothing, huge = torch.zeros(8), torch.full([8], 1e4)
+    f = torch.stack([own, -other, nothing, huge])           # the first two have cosines 1 and -1
+    f = f.to(kind).requires_grad_()
+    losses = model.vigface_loss(f, torch.arange(4), prototypes, 3, head)
+    sum(losses).backward()
+    assert f.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in prototypes.parameters())
+    assert all(buffer.isfinite().all() for buffer in prototypes.buffers())
+
+
+# ----------------------------------------------------------------------------------------------- stage 2: DiT
+
+def naive_sinusoids(x, width):
+    """Cosines and sines of a number at frequencies that fall from 1 towards 1 / 10,000."""
+    half = width // 2
+    angles = torch.tensor([x * 10_000 ** (-i / half) for i in range(half)])
+    return torch.cat([torch.cos(angles), torch.sin(angles)])
+
+
+def naive_landmark_image(landmarks, size):
+    """A soft dot at each landmark: eyes red, the nose green, corners of the mouth blue."""
+    image = torch.zeros(3, size, size)
+    colours = [0, 0, 1, 2, 2]
+    for channel, (x, y) in zip(colours, landmarks.tolist()):
+        for row in range(size):
+            for column in range(size):
+                dx = (column + 0.5) / size - x
+                dy = (row + 0.5) / size - y
+                squared = (dx ** 2 + dy ** 2) / 0.025 ** 2
+                dot = math.exp(-squared / 2)
+                image[channel, row, column] = max(image[channel, row, column], dot)
+    return image
+
+
+def naive_modulated(tokens, shift, scale):
+    """Tokens (N, C), each without its mean and of standard deviation 1, scaled and shifted."""
+    centred = tokens - tokens.mean(1, keepdim=True)
+    deviation = (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    return centred / deviation * (1 + scale) + shift
+
+
+def naive_attention(tokens, block):
+    """Each token looks at all: in each head, a mean of values, weighted by how queries and keys agree."""
+    count, width = tokens.shape
+    queries, keys, values = block.qkv(tokens).split(width, 1)
+    side = width // block.heads
+    looked = torch.zeros(count, width)
+    for head in range(block.heads):
+        part = slice(head * side, (head + 1) * side)
+        for i in range(count):
+            scores = keys[:, part] @ queries[i, part]
+            weights = (scores / side ** 0.5).exp()
+            weights = weights / weights.sum()
+            looked[i, part] = weights @ values[:, part]
+    return block.out(looked)
+
+
+def naive_block(block, tokens, condition):
+    """adaLN: the condition shifts and scales what attention and MLP see, and gates what they add."""
+    width = tokens.shape[1]
+    numbers = block.modulation(condition).split(width)
+    shift1, scale1, gate1, shift2, scale2, gate2 = numbers
+    tokens = tokens + gate1 * naive_attention(naive_modulated(tokens, shift1, scale1), block)
+    h = block.mlp[0](naive_modulated(tokens, shift2, scale2))
+    bent = (2 / math.pi) ** 0.5 * (h + 0.044715 * h ** 3)
+    h = 0.5 * h * (1 + torch.tanh(bent))                    # GELU
+    return tokens + gate2 * block.mlp[2](h)
+
+
+def parts_at(t):
+    """a and s, the parts of image and noise at time t; a^2 + s^2 = 1."""
+    angle = math.pi * t / 2
+    return math.cos(angle), math.sin(angle)
+
+
+def naive_dit(dit, x_t, t, w, landmarks):
+    """v of one noisy image (3, S, S) at time t, of person w, in the pose of landmarks (5, 2)."""
+    def two_layers(net, numbers):
+        h = net[0](numbers)
+        return net[2](h * h.sigmoid())
+    size, patch = dit.size, dit.patch
+    width, rows = dit.patch_in.out_features, size // patch
+    places = [*itertools.product(range(rows), repeat=2)]
+
+    def pixels_of(image, row, column):
+        down, right = row * patch, column * patch
+        return image[:, down:down + patch, right:right + patch]
+
+    # Time, person and pose add up to the condition.
+    condition = two_layers(dit.time, naive_sinusoids(1000 * t, 256))
+    condition = condition + dit.identity(w * len(w) ** 0.5)
+    condition = condition + two_layers(dit.pose, 4 * landmarks.flatten() - 2)
+    condition = condition * condition.sigmoid()
+
+    # A token is a patch of the noisy image and of the landmark image, and where it lies.
+    image = torch.cat([x_t, naive_landmark_image(landmarks, size)])
+    tokens = []
+    for place in places:
+        position = torch.cat([naive_sinusoids(number, width // 2) for number in place])
+        pixels = pixels_of(image, *place)
+        tokens.append(dit.patch_in(pixels.flatten()) + position)
+    tokens = torch.stack(tokens)
+
+    for block in dit.blocks:
+        tokens = naive_block(block, tokens, condition)
+    shift, scale = dit.modulation(condition).split(width)
+    tokens = dit.patch_out(naive_modulated(tokens, shift, scale))
+
+    # Each token gives 16 features of each of its pixels. Convolutions turn them and the input into x0.
+    features = torch.zeros(16, size, size)
+    for token, place in zip(tokens, places):
+        pixels_of(features, *place)[:] = token.view(16, patch, patch)
+    first, _, second = dit.pixels
+    h = torch.cat([features, image])
+    h = F.conv2d(h, first.weight, first.bias, padding=1)
+    h = h * h.sigmoid()
+    x0 = F.conv2d(h, second.weight, second.bias, padding=1)
+
+    a, s = parts_at(t)                                      # x_t = a x0 + s e, v = a e - s x0
+    return (a * x_t - x0) / max(s, 0.05)
+
+
+SMALL = dict(size=8, dim=6, patch=4, width=16, depth=2, heads=2)
+
+
+def small_dit(spread=0.3):
+    """A DiT for images of 8 x 8, of which no parameter is zero."""
+    return randomise(DiT(**SMALL), spread)
+
+
+def dit_input(count):
+    """Noisy images, times, people and poses."""
+    x_t, t = torch.randn(count, 3, 8, 8), torch.rand(count)
+    return x_t, t, units(count, 6), torch.rand(count, 5, 2)
+
+
+@torch.no_grad()
+def test_the_dit_against_loops():
+    dit = small_dit()
+    x_t, _, w, landmarks = dit_input(3)
+    times = [0.01, 0.4, 1.0]                                # at 0.01 there is less noise than the clamp
+    found = dit(x_t, torch.tensor(times), w, landmarks)
+    for i, t in enumerate(times):
+        assert same(found[i], naive_dit(dit, x_t[i], t, w[i], landmarks[i]), 1e-3)
+
+
+@torch.no_grad()
+def test_a_block_against_loops():
+    block = randomise(DiTBlock(16, 4))
+    tokens, condition = torch.randn(2, 5, 16), torch.randn(2, 16)
+    expected = [naive_block(block, *one) for one in zip(tokens, condition)]
+    assert same(block(tokens, condition), torch.stack(expected), 1e-3)
+
+
+@torch.no_grad()
+def test_v_depends_on_who_when_pose_and_every_pixel():
+    dit, given = small_dit(), dit_input(1)
+    x_t, t, w, landmarks = given
+    v = dit(*given)
+
+    def moves(x_t=x_t, t=t, w=w, landmarks=landmarks):
+        return not same(dit(x_t, t, w, landmarks), v, 1e-3)
+    assert moves(w=-w) and moves(w=0 * w)
+    assert moves(t=t / 2)
+    assert moves(landmarks=landmarks.flip(0, 1))
+    beyond = x_t.clone()
+    beyond[0, :, 7, 7] += 5                                 # a pixel in the corner moves the opposite one
+    far = dit(beyond, t, w, landmarks)
+    assert not same(far[0, :, 0, 0], v[0, :, 0, 0], 1e-3)
+
+
+@torch.no_grad()
+def test_the_pose_reaches_the_dit_as_numbers_and_as_an_image(monkeypatch):
+    dit, (x_t, t, w, landmarks) = small_dit(), dit_input(1)
+    other = torch.rand(1, 5, 2)
+    image, other_image = (model.landmark_image(points, 8) for points in (landmarks, other))
+    monkeypatch.setattr(model, "landmark_image", lambda points, size: image)
+    v = dit(x_t, t, w, landmarks)
+    assert not same(dit(x_t, t, w, other), v, 1e-3)         # the image stays, the numbers change
+    monkeypatch.setattr(model, "landmark_image", lambda points, size: other_image)
+    assert not same(dit(x_t, t, w, landmarks), v, 1e-3)     # and the other way round
+
+
+def test_a_fresh_dit_draws_grey_and_a_fresh_block_changes_nothing():
+    block, tokens, condition = DiTBlock(64, 4), torch.randn(2, 16, 64), torch.randn(2, 64)
+    assert torch.equal(block(tokens, condition), tokens)    # adaLN-Zero
+    dit = DiT(**SMALL)
+    x_t, t, w, landmarks = dit_input(2)
+    t = t.clamp(min=0.1)
+    a, s = naive_signal_noise(t)
+    v = dit(x_t, t, w, landmarks)
+    x0 = a * x_t - s * v
+    assert same(x0, torch.zeros(2, 3, 8, 8))
+    assert not dit.modulation.weight.any() and not dit.modulation.bias.any()
+
+
+def test_landmark_images_and_sinusoids_against_loops():
+    landmarks = torch.rand(2, 5, 2)
+    landmarks[:, 1::3] = landmarks[:, 0::3] + 0.02          # dots that overlap
+    expected = [naive_landmark_image(points, 20) for points in landmarks]
+    assert same(model.landmark_image(landmarks, 20), torch.stack(expected))
+    x = torch.tensor([0.0, 3.0, 700.0])
+    expected = torch.stack([naive_sinusoids(number, 16) for number in x.tolist()])
+    assert same(model.sinusoids(x, 16), expected, 1e-4)
+
+
+def test_dit_sizes_are_those_of_the_dit_paper_and_a_small_one():
+    millions = {"Ti": 4.6, "S": 33, "B": 131, "L": 459}
+    for name, sizes in model.DIT_SIZES.items():
+        count = parameters_of(DiT, **sizes) / 1e6
+        assert 0.98 * millions[name] < count < 1.1 * millions[name]
+        assert sizes["width"] // sizes["heads"] == 64
+
+
+# ----------------------------------------------------------------------------------------- stage 2: diffusion
+
+def naive_signal_noise(t):
+    """a and s of times t (B,): parts of image and noise, a^2 + s^2 = 1, shaped to multiply images."""
+    angle = t.view(-1, 1, 1, 1) * math.pi / 2
+    return torch.cos(angle), torch.sin(angle)
+
+
+class Blurred(nn.Module):
+    """In place of a DiT: gives half of what it is given, and remembers it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x_t, t, w, landmarks):
+        self.given = x_t, t, w, landmarks
+        return x_t * self.gain
+
+
+def test_stage_2_s_losses_against_their_definitions():
+    """MSE of v; and the squared distance of the drawn face's embedding to the picture's own, times a^2."""
+    dit, backbone = Blurred(), Linear()
+    x = torch.rand(3000, 3, 4, 4) * 2 - 1
+    w, landmarks = units(3000, 6), torch.rand(3000, 5, 2)
+    v_loss, identity_loss = model.dit_loss(dit, backbone, x, w, landmarks)
+    x_t, t, asked, pose = dit.given
+    assert torch.equal(pose, landmarks)
+
+    # Times are logit-normal, noise is normal, and everything is each image's own.
+    logit = (t / (1 - t)).log()
+    assert normal(logit, 0.06)
+    a, s = naive_signal_noise(t)
+    noise = (x_t - a * x) / s
+    assert normal(noise, 0.02)
+    assert noise.mean(0).abs().max() < 0.1
+    assert noise.mean((1, 2, 3)).abs().max() < 1
+
+    # A tenth is drawn as nobody, w = 0, which guidance needs.
+    nobody = (asked == 0).all(1)
+    assert 0.08 < nobody.float().mean() < 0.12
+    assert torch.equal(asked[~nobody], w[~nobody])
+
+    v, v_hat = a * noise - s * x, x_t * dit.gain
+    naive = (v_hat - v).square().mean()
+    assert same(v_loss, naive) and same_gradients(v_loss, naive, [dit.gain])
+    x_hat = a * x_t - s * v_hat
+    drawn, own = unit(backbone(x_hat)), unit(backbone(x)).detach()
+    distance = (drawn - own).square().sum(1)
+    naive = (a.flatten() ** 2 * distance).mean()
+    assert same(identity_loss, naive)
+    trained = [dit.gain, *backbone.parameters()]
+    assert same_gradients(identity_loss, naive, trained)    # none through the photograph
+
+
+def test_a_perfect_dit_has_no_loss_whoever_is_asked_for():
+    x, w = torch.rand(500, 3, 4, 4) * 2 - 1, units(500, 6)
+
+    def oracle(x_t, t, w, landmarks):
+        a, s = naive_signal_noise(t)
+        return (a * x_t - x) / s                            # x0 = a x_t - s v, solved for v
+    assert max(model.dit_loss(oracle, Linear(), x, w, None)) < 1e-6
+    seen = Blurred()
+    model.dit_loss(seen, Linear(), x, w, None, drop=0.7)
+    nobody = (seen.given[2] == 0).all(1)
+    assert 300 < nobody.sum() < 400
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("g", [0.0, 0.5, 1.0, 3.0])
+def test_guidance_goes_from_nobody_through_the_person_and_beyond(t, g):
+    """v(nobody) + g (v(w) - v(nobody)); x0 = a x - s v, kept to what an image can be."""
+    dit, asked = small_dit(spread=0.15), []
+    x, _, w, landmarks = dit_input(4)
+
+    def spy(x, times, w, landmarks):
+        asked.append(bool(w.any()))
+        return dit(x, times, w, landmarks)
+    found = model.guided(spy, w, landmarks, g)(x, t)
+    assert asked == ([True] if g == 1 else [True, False])   # without guidance, half the cost
+
+    times, (a, s) = torch.full((4,), t), parts_at(t)
+    own = dit(x, times, w, landmarks)
+    nobody = dit(x, times, 0 * w, landmarks)
+    x0 = a * x - s * (nobody + g * (own - nobody))
+    assert x0.abs().max() > 1
+    assert same(found, x0.clamp(-1, 1), 1e-4)
+
+
+def naive_dpm_solver(denoise, x, steps):
+    """DPM-Solver++(2M), as its authors write it, algorithm 2: noise x becomes an image.
+
+    l = log(a / s) goes in even steps h from -4 to 4. Before them comes one step from pure noise. The first
+    step of a kind is of first order. The last estimate of x0 is the image.
+    """
+    def parts(l):
+        angle = math.atan(math.exp(-l))                     # tan = s / a
+        return math.cos(angle), math.sin(angle)
+    h = 8 / max(1, steps - 2)
+    estimates = [denoise(x, 1.0)]
+    if steps == 1:
+        return estimates[0]
+    a, s = parts(-4)
+    x = a * estimates[0] + s * x
+    estimates = []
+    for i in range(steps - 1):
+        l = -4 + i * h
+        a, s = parts(l)
+        estimates.append(denoise(x, math.atan2(s, a) * 2 / math.pi))
+        D = estimates[-1]
+        if i > 0:
+            D = 1.5 * estimates[-1] - 0.5 * estimates[-2]
+        a_next, s_next = parts(l + h)
+        x = s_next / s * x - a_next * (math.exp(-h) - 1) * D
+    return estimates[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 10])
+def test_the_solver_is_dpm_solver(steps):
+    noise, times = torch.randn(50, dtype=torch.float64), []
+
+    def denoise(x, t):
+        times.append(t)
+        return torch.sin(3 * x + t)
+    expected = naive_dpm_solver(denoise, noise, steps)
+    asked = times.copy()
+    times.clear()
+    assert same(model.dpm_solver(denoise, noise, steps), expected, 1e-6)
+    assert same(times, asked, 1e-6) and len(times) == steps
+
+
+def test_the_solver_recovers_gaussians():
+    """For data N(m, d^2) the best x0 is known, and so is the flow: noise e ends at m + d e."""
+    m, noise = 0.7, torch.randn(2000, 1, dtype=torch.float64)
+
+    def error(d, steps):
+        def denoise(x, t):
+            a, s = parts_at(t)
+            gain = a * d ** 2 / (a ** 2 * d ** 2 + s ** 2)
+            return m + gain * (x - a * m)
+        found = (model.dpm_solver(denoise, noise, steps) - m) / d
+        return (found - noise).abs().mean().item()
+    for d in (0.1, 0.4, 1, 3, 10):                          # from fine detail to brightness
+        assert error(d, 10) < 0.06
+    assert error(1, 40) < error(1, 10) / 10                 # first order would give a quarter
+    assert abs(error(1, 1) - noise.abs().mean()) < 1e-9     # one step: x0 at t = 1 is the mean
+
+
+# ----------------------------------------------------------------------------------------- the training loops
+
+def test_the_learning_rate_of_stage_1():
+    """A warm-up; then a tenth at 46, 77 and 92 % of the run each."""
+    steps = [0, 49, 99, 459, 460, 769, 770, 919, 920, 999]
+    rates = [0.002, 0.1, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002, 0.0002, 0.0002]
+    for step, rate in zip(steps, rates, strict=True):
+        assert same(fr_train.learning_rate(step, 1000, 100, 0.2), rate, 1e-9)
+
+
+def test_stage_1_mirrors_half_of_the_images():
+    x = torch.rand(1000, 1, 4, 4)
+    out = fr_train.augment(x, p=0)
+    kept = (out == x).all((1, 2, 3))
+    mirrored = (out == x.flip(3)).all((1, 2, 3))
+    assert (kept ^ mirrored).all()
+    assert 450 < kept.sum() < 550
+
+
+def alike(x, y, within=0.04):
+    """Whether two samples of numbers are of one distribution, by three of their quantiles."""
+    q = torch.tensor([0.1, 0.5, 0.9])
+    return same(x.quantile(q), y.quantile(q), within)
+
+
+def test_stage_1_blacks_out_all_but_a_box_as_adaface_does():
+    """The box has a share of the image from 0.2 to 1 and a shape from 3:4 to 4:3, and lies anywhere."""
+    count, side = 3000, 50
+    x = torch.rand(count, 1, side, side)
+    x = x.expand(-1, 3, -1, -1)
+    some = (fr_train.augment(x) == -1).any(3).any(2).any(1)
+    assert 0.16 < some.float().mean() < 0.22                # a fifth, but for boxes that are all of the image
+
+    out = fr_train.augment(x, p=1)
+    kept = out != -1
+    rows, columns = kept[:, 0].any(2), kept[:, 0].any(1)
+    box = rows[:, None, :, None] & columns[:, None, None, :]
+    assert torch.equal(kept, box.expand_as(kept))
+    unchanged = (out == x) | (out == x.flip(3))
+    assert (unchanged | ~kept).all()
+    starts = rows.float().diff(dim=1) > 0
+    assert (starts.sum(1) <= 1).all()                       # in one piece
+
+    area = torch.empty(count).uniform_(0.2, 1)
+    shape = torch.empty(count).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    naive_tall = (area / shape).sqrt().clamp(max=1)
+    naive_wide = (area * shape).sqrt().clamp(max=1)
+    tall, wide = rows.sum(1) / side, columns.sum(1) / side
+    assert alike(tall, naive_tall) and alike(wide, naive_wide)
+    assert alike(tall * wide, naive_tall * naive_wide)
+    assert alike(wide / tall, naive_wide / naive_tall)
+
+    for lit, length in ((rows, tall), (columns, wide)):
+        start = lit.float().argmax(1) / side
+        roomy = length < 0.7
+        place = start[roomy] / (1 - length[roomy])
+        assert alike(place, torch.rand(3000), 0.08)
+
+
+def save_set(root, images, per_person, landmarks):
+    """Writes images (M, 3, S, S) as a folder of people, and landmarks.csv."""
+    names = [f"person {i // per_person}/{i % per_person}.png" for i in range(len(images))]
+    for name, image in zip(names, images):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(root / name)
+    data.write_landmarks(root / "landmarks.csv", zip(names, landmarks * images.shape[2]))
+
+
+def length_of(gradients):
+    """The length of all gradients as one vector."""
+    return sum(gradient.square().sum() for gradient in gradients).sqrt().item()
+
+
+TINY = dict(width=16, units=(1, 1, 1, 1), dropout=0.0)      # a recogniser of a unit a stage
+
+
+def matrices_of(module):
+    """The weights of its convolutions and linear layers, which decay."""
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    return [layer.weight for layer in layers]
+
+
+def naive_stage_1(faces, net, k, batch, epochs, peak, scale, seed):
+    """Backbone, prototypes, mean losses and lengths of gradients after all epochs."""
+    torch.manual_seed(seed)
+    n = len(faces.people)
+    backbone = Recogniser(size=faces.size, **net)
+    prototypes = Prototypes(n, k, net["dim"])
+    of_backbone, of_prototypes = [*backbone.parameters()], [*prototypes.parameters()]
+    decayed = matrices_of(backbone) + matrices_of(prototypes) + [prototypes.real, prototypes.virtual]
+    decayed = {id(p) for p in decayed}
+    velocity = [torch.zeros_like(p) for p in of_backbone + of_prototypes]
+
+    per_epoch = len(faces) // batch
+    steps = epochs * per_epoch
+    losses, lengths = [], []
+    for step, (x, labels, _) in enumerate(data.batches(faces, batch, seed, 0, steps)):
+        torch.manual_seed(seed * 1_000_003 + step)          # chance is each step's own
+        f = backbone(fr_train.augment(x))
+        b_virtual = model.virtual_batch_size(step, k, batch, n)
+        ramp = min(1, step / (steps / 10))                  # the margin grows over a tenth of the run
+        parts = model.vigface_loss(f, labels, prototypes, b_virtual, "adaface", ramp, scale)
+        losses.append([part.item() for part in parts])
+        gradients = torch.autograd.grad(sum(parts), of_backbone, retain_graph=True)
+        lengths.append(length_of(gradients))
+        shorter = min(1, 5 / lengths[-1])                   # the gradient of the backbone alone is clipped
+        gradients = [shorter * gradient for gradient in gradients]
+        gradients += torch.autograd.grad(sum(parts), of_prototypes)
+
+        # SGD with momentum and weight decay.
+        rate = fr_train.learning_rate(step, steps, per_epoch, peak)     # the warm-up is one epoch
+        for p, gradient, v in zip(of_backbone + of_prototypes, gradients, velocity):
+            if id(p) in decayed:
+                gradient = gradient + 5e-4 * p.data
+            v.mul_(0.9).add_(gradient)
+            p.data -= rate * v
+    return backbone.eval(), prototypes, np.mean(losses, axis=0), lengths
+
+
+def test_stage_1_trains_as_this_loop_does(tmp_path, monkeypatch):
+    save_set(tmp_path / "faces", random_images(18, 32), 3, torch.rand(18, 5, 2))
+    net = dict(dim=8) | TINY
+    recipe = dict(epochs=4, batch=9, scale=6.0, net=net)
+    monkeypatch.setitem(model.RECOGNISERS, "tiny", recipe)
+    monkeypatch.setattr(fr_train, "autocast", contextlib.nullcontext)
+    monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
+    flags = "--data faces --virtual 4 --batch 4 --epochs 5 --lr 25.6 --head adaface --seed 3"
+    printed = here("fr_train.py", *flags.split(), cwd=tmp_path)
+    tensors, meta = model.load_model(tmp_path / "runs/fr", "fr")
+    assert meta["steps"] == 20 and meta["names"] == [f"person {i}" for i in range(6)]
+
+    faces = data.Faces([tmp_path / "faces"])
+    peak = 25.6 * 4 / 512                                   # in proportion to the batch
+    expected = naive_stage_1(faces, net, k=4, batch=4, epochs=5, peak=peak, scale=6.0, seed=3)
+    backbone, prototypes, losses, lengths = expected
+    assert min(lengths) < 5 < max(lengths)                  # clipping matters at times
+    for name, expected in backbone.state_dict().items():
+        assert same(tensors[f"backbone.{name}"], expected, 1e-4), name
+    state = prototypes.state_dict()
+    for name in ("real", "virtual", "certainty.weight", "sigma2", "norm_mean", "norm_std"):
+        assert same(tensors[f"prototypes.{name}"], state[name], 1e-4), name
+    for word, loss in zip(("real", "virtual", "quality"), losses):
+        assert f"{word} {loss:.3f}" in printed
+
+    # At the end, virtual prototypes settle, given all embeddings of all faces.
+    f = model.embed(backbone, images_of(faces))
+    prototypes.settle(model.person_moment(f, faces.labels))
+    _, saved, _ = model.load_recogniser(tmp_path / "runs/fr")
+    assert same(saved.to_draw(), prototypes.to_draw(), 1e-3)
+
+
+def test_norms_biases_and_prelu_do_not_decay():
+    backbone, prototypes = Recogniser(size=32, dim=8, **TINY), Prototypes(3, 2, 8)
+    parameters = [*backbone.parameters(), *prototypes.parameters()]
+    optimizer = fr_train.make_optimizer(parameters)
+    decay = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            decay[id(p)] = group["weight_decay"]
+    assert len(decay) == len(parameters)
+    decayed = matrices_of(backbone) + matrices_of(prototypes) + [prototypes.real, prototypes.virtual]
+    decayed = {id(p) for p in decayed}
+    for p in parameters:
+        assert decay[id(p)] == (5e-4 if id(p) in decayed else 0)
+
+
+def test_landmarks_are_mirrored_with_their_image():
+    """What was the left eye, as the viewer sees it, is the right one of the mirror image."""
+    x, landmarks = torch.rand(400, 3, 6, 6), torch.rand(400, 5, 2)
+    out, points = dit_train.mirror(x, landmarks)
+    flipped = 0
+    for i in range(400):
+        if torch.equal(out[i], x[i]):
+            assert torch.equal(points[i], landmarks[i])
+            continue
+        flipped += 1
+        assert torch.equal(out[i], x[i].flip(2))
+        left_eye, right_eye, nose, left_mouth, right_mouth = landmarks[i].tolist()
+        mirrored = [right_eye, left_eye, nose, right_mouth, left_mouth]
+        assert same(points[i], [[1 - a, b] for a, b in mirrored])
+    assert 160 < flipped < 240
+
+
+def test_mirrored_twice_is_as_before(monkeypatch):
+    x = torch.zeros(1, 3, 8, 8)
+    landmarks = torch.rand(1, 5, 2)
+    a, b = landmarks[0, 0] * 8                              # a white pixel at the left eye
+    x[0, :, int(b), int(a)] = 1
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(shape))
+    once, points = dit_train.mirror(x, landmarks)
+    a, b = points[0, 1] * 8                                 # is now at the right one
+    assert once[0, 0, int(b), int(a)] == 1
+    twice, points = dit_train.mirror(once, points)
+    assert torch.equal(twice, x) and same(points, landmarks)
+
+
+def tiny_recogniser(folder, names, size=16, **meta):
+    """Saves a recogniser that knows these people and as many virtual ones."""
+    backbone = randomise(Recogniser(size=size, dim=6, **TINY))
+    prototypes = randomise(Prototypes(len(names), len(names), 6))
+    prototypes.settle(torch.eye(6) / 6)
+    tensors = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
+    meta |= dict(names=names, val=[], step=1, steps=1, prototypes=prototypes.config)
+    model.save_model(folder, "fr", backbone.config, tensors, **meta)
+    return backbone.eval().requires_grad_(False), prototypes.requires_grad_(False)
+
+
+def naive_stage_2(faces, sizes, backbone, own_w, steps, batch, peak, seed):
+    """The DiT, its average over steps, and the losses of all steps."""
+    torch.manual_seed(seed)
+    dit = DiT(faces.size, own_w.shape[1], 8, **sizes)
+    parameters = [*dit.parameters()]
+    average = [p.detach().clone() for p in parameters]
+    keep = min(0.9999, steps / (steps + 20))
+    adam = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    losses = []
+    for step, (x, labels, landmarks) in enumerate(data.batches(faces, batch, seed, 0, steps)):
+        torch.manual_seed(seed * 1_000_003 + step)
+        x, landmarks = dit_train.mirror(x, landmarks)
+        w = torch.stack([own_w[label] for label in labels.tolist()])
+        v_loss, identity_loss = model.dit_loss(dit, backbone, x, w, landmarks)
+        adam.zero_grad()
+        (v_loss + 0.1 * identity_loss).backward()
+        nn.utils.clip_grad_norm_(parameters, 1)
+        warm_up = (step + 1) / (0.02 * steps)
+        decay = (steps - step) / (0.98 * steps)
+        adam.param_groups[0]["lr"] = peak * min(warm_up, decay)
+        adam.step()
+        for old, p in zip(average, parameters):
+            old.mul_(keep).add_((1 - keep) * p.data)
+        losses.append([v_loss.item(), identity_loss.item()])
+    return dit, average, np.array(losses)
+
+
+def test_stage_2_trains_as_this_loop_does(tmp_path, monkeypatch):
+    """It saves the averaged network, of which previews are drawn, and the poses."""
+    save_set(tmp_path / "faces", random_images(12, 16), 3, torch.rand(12, 5, 2))
+    names = ["stranger", *(f"person {i}" for i in (2, 0, 3, 1))]        # rows of W are not labels
+    backbone, prototypes = tiny_recogniser(tmp_path / "runs/fr", names, data=["faces"])
+    sizes = dict(width=16, depth=1, heads=2)
+    monkeypatch.setitem(model.DIT_SIZES, "Ti", sizes)
+    monkeypatch.setattr(dit_train, "autocast", contextlib.nullcontext)
+    previews = []
+
+    def preview(path, dit, backbone, *given, **options):
+        drawn = [p.clone() for p in dit.parameters()]
+        previews.append((path.name, drawn, given))
+        return torch.tensor([[0.25, 0.35]] * 4 + [[0.65, 0.85]] * 4)
+    monkeypatch.setattr(dit_train, "preview", preview)
+    steps, seed, lr = 60, 5, 0.01
+    flags = f"--steps {steps} --batch 5 --lr {lr} --seed {seed}"
+    printed = here("dit_train.py", *flags.split(), cwd=tmp_path)
+
+    faces, W = data.Faces([tmp_path / "faces"]), prototypes.to_draw()
+    own_w = W[[names.index(name) for name in faces.people]]
+    dit, average, losses = naive_stage_2(faces, sizes, backbone, own_w, steps, 5, lr, seed)
+    tensors, meta = model.load_model(tmp_path / "runs/dit", "dit")
+    assert meta["step"] == meta["steps"] == steps
+    assert meta["fr_sha256"] == model.digest(tmp_path / "runs/fr")
+    for (name, _), mean in zip(dit.named_parameters(), average):
+        assert same(tensors[f"dit.{name}"], mean), name
+    assert torch.equal(tensors["poses.landmarks"], faces.landmarks)
+
+    names = [name for name, _, _ in previews]
+    assert names == [f"preview-{step:06d}.jpg" for step in range(10, 61, 10)]
+    _, drawn, (w, poses, seen_seed) = previews[-1]
+    assert all(map(same, drawn, average))
+    assert torch.equal(w, W[[0, 1, 2, 3, 5, 6, 7, 8]])      # four real people and four virtual ones
+    assert torch.equal(poses, faces.landmarks) and seen_seed == seed
+    lines = [line for line in printed.splitlines() if "loss v" in line]
+    for i, line in enumerate(lines):
+        v, identity = losses[10 * i:10 * i + 10].mean(0)
+        found = re.search(r"v (\S+) identity (\S+)", line).groups()
+        assert same([*map(float, found)], [v, identity], 1e-3)
+    assert "real 0.300 virtual 0.750" in printed and len(lines) == 6
+
+
+def test_previews_show_people_in_the_same_poses(tmp_path, monkeypatch):
+    asked = []
+
+    def guided(dit, w, landmarks, guidance=1.0):
+        asked.append([dit, w, landmarks, guidance])
+        return lambda x, t: x
+
+    def solver(denoise, noise, steps):
+        asked[-1] += [noise, steps]
+        return noise.clamp(-1, 1)
+    monkeypatch.setattr(dit_train, "guided", guided)
+    monkeypatch.setattr(dit_train, "dpm_solver", solver)
+    monkeypatch.setattr(dit_train, "autocast", contextlib.nullcontext)
+    monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
+    dit, backbone = SimpleNamespace(size=4), Linear()
+    people, landmarks = units(7, 6), torch.rand(30, 5, 2)
+    path = tmp_path / "preview.jpg"
+    with torch.no_grad():
+        cosines = dit_train.preview(path, dit, backbone, people, landmarks, 7)
+    seen, w, poses, guidance, noise, _ = asked[0]
+    assert seen is dit and guidance == 2
+
+    # Eight pictures of each, rows of one person, columns of one pose.
+    assert same(w, people.repeat_interleave(8, 0))
+    assert torch.equal(poses, poses[:8].repeat(7, 1, 1))
+    assert len(poses.unique(dim=0)) > 4
+    for pose in poses[:8]:
+        assert (landmarks == pose).all((1, 2)).any()
+    assert len(noise.unique(dim=0)) == 56 and normal(noise, 0.1)
+    assert Image.open(path).size == (8 * 5 + 1, 7 * 5 + 1)
+
+    images = model.to_uint8(noise.clamp(-1, 1))
+    f = unit(naive_embed(backbone, images))
+    for person, own in enumerate(cosines):
+        own_f = f[8 * person:8 * person + 8]
+        assert same(own, own_f @ people[person])
+
+    before = path.read_bytes()
+    with torch.no_grad():
+        dit_train.preview(path, dit, backbone, people, landmarks, 7)
+        assert path.read_bytes() == before                  # steps compare: one noise for all
+        dit_train.preview(path, dit, backbone, people, landmarks, 8)
+        assert path.read_bytes() != before
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+
+def drawn(monkeypatch, jobs, W, poses, **flags):
+    """What `draw` asks of the DiT, and the noise that it starts from, which stands in for the pictures."""
+    asked = {}
+
+    def guided(dit, w, landmarks, guidance=1.0):
+        asked.update(dit=dit, w=w, landmarks=landmarks, guidance=guidance)
+
+    def solver(denoise, noise, steps):
+        asked.update(noise=noise, steps=steps)
+        return noise.clamp(-1, 1)
+    monkeypatch.setattr(sample, "guided", guided)
+    monkeypatch.setattr(sample, "dpm_solver", solver)
+    args = Namespace(**dict(batch=4, seed=0, guidance=1.0, steps=6) | flags)
+    asked["images"] = sample.draw(SimpleNamespace(size=16), W, poses, jobs, args)
+    return asked
+
+
+def test_a_picture_follows_from_seed_person_index_and_attempt_alone(monkeypatch):
+    W, poses = units(9, 6), torch.rand(20, 5, 2)
+    jobs = [sample.Job(3, "one", index=0, attempt=0, pose=5),
+            sample.Job(8, "other", index=0, attempt=0, pose=5),
+            sample.Job(3, "one", index=1, attempt=0, pose=7),
+            sample.Job(3, "one", index=0, attempt=1, pose=5)]
+    asked = drawn(monkeypatch, jobs, W, poses, guidance=2.5)
+    assert asked["guidance"] == 2.5 and asked["steps"] == 6
+    assert torch.equal(asked["w"], W[[3, 8, 3, 3]])
+    assert torch.equal(asked["landmarks"], poses[[5, 5, 7, 5]])
+    noise = asked["noise"]
+    assert noise.shape == (4, 3, 16, 16) and normal(noise, 0.05)
+    assert len(noise.unique(dim=0)) == 4                    # other people, pictures, attempts: other noise
+    assert torch.equal(asked["images"], model.to_uint8(noise))
+
+    # Neither the batch nor the place in it matters. The last job fills a batch.
+    alone = drawn(monkeypatch, jobs[2:3], W, poses, batch=3)
+    assert torch.equal(alone["noise"], noise[[2, 2, 2]])
+    assert torch.equal(alone["w"], W[[3, 3, 3]])
+    assert torch.equal(alone["landmarks"], poses[[7, 7, 7]])
+    other_seed = drawn(monkeypatch, jobs, W, poses, seed=1)["noise"]
+    assert (other_seed != noise).flatten(1).any(1).all()
+    assert torch.equal(drawn(monkeypatch, jobs, W, poses)["noise"], noise)
+
+
+def test_seeds_depend_on_every_part():
+    seed = sample.seed_of(0, "a", 1)
+    assert seed == sample.seed_of(0, "a", 1)
+    for other in ([1, "a", 1], [0, "b", 1], [0, "a", 2], [0, "a", 1, 0], [0, "a1"]):
+        assert seed != sample.seed_of(*other)
+    seeds = [sample.seed_of(0, "name", index) for index in range(5000)]
+    poses = torch.tensor(seeds) % 100
+    assert poses.bincount(minlength=100).min() > 20         # all are as likely
+
+
+def face_set(f, labels, **columns):
+    """A FaceSet without files."""
+    people = {f"p{label}": label for label in range(labels.max() + 1)}
+    faces = SimpleNamespace(people=people, path=lambda i: f"{i}.jpg")
+    index, quality = torch.arange(len(f)), torch.zeros(len(f))
+    columns = dict(faces=faces, index=index, quality=quality) | columns
+    return evaluate.FaceSet(f, labels, **columns)
+
+
+@torch.no_grad()
+def test_a_picture_is_judged_against_every_other_real_person_and_image(monkeypatch):
+    monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
+    n, k = 4, 3
+    backbone, prototypes = Linear(), randomise(Prototypes(n, k, 6))
+    prototypes.settle(torch.eye(6) / 6)
+    W, images = prototypes.to_draw(), random_images(8)
+    labels = torch.tensor([0] * 2 + [1] * 3 + [2] + [3] * 3)
+    real = face_set(units(9, 6), labels)
+    jobs = []
+    for row in range(n + k):                                # the batch has one image more
+        jobs.append(sample.Job(row, f"name {row}", index=10 + row, attempt=row % 3, pose=2 * row))
+
+    f = naive_embed(backbone, images) / 2
+    naive = []
+    for job, vector in zip(jobs, f):
+        direction = unit(vector)
+        cosines = (W @ direction).tolist()
+        own = cosines[job.row]
+        others = [person for person in range(n) if person != job.row]
+        of_others = [real.f[labels == person] for person in others]
+        centre = max(unit(f.mean(0)) @ direction for f in of_others)
+        image = max((f @ direction).max() for f in of_others)
+        naive.append([own, centre, image])
+    naive = torch.tensor(naive)
+
+    def judged(centre, image):
+        thresholds = {"centre": centre, "image": image, "copy": -1.0}
+        return sample.judge(backbone, W, real, thresholds, jobs, images)
+    verdicts = judged(0.5, 0.6)
+    columns = ["cos_own", "cos_nearest_real", "cos_nearest_image"]
+    found = [[float(getattr(verdict, column)) for column in columns] for verdict in verdicts]
+    assert same(found, naive, 1e-4)
+    for job, verdict in zip(jobs, verdicts, strict=True):
+        file = f"{job.name}/{job.index:04d}.jpg"
+        assert verdict[:5] == (file, job.name, job.index, job.attempt, job.pose)
+
+    # Either test alone finds a leak.
+    for column, test in ((1, "centre"), (2, "image")):
+        cosines = naive[:, column].tolist()
+        line = np.mean(sorted(cosines)[3:5])
+        lines = {"centre": 2.0, "image": 2.0} | {test: line}
+        expected = ["leak" if cosine > line else "accepted" for cosine in cosines]
+        assert [verdict.verdict for verdict in judged(**lines)] == expected
+
+
+def test_real_people_are_filled_up_and_virtual_ones_begin_with_the_first(capsys):
+    names = [f"name {i}" for i in range(7)]                 # 4 real people, 3 virtual ones
+    rows = torch.tensor([0, 0, 2, 3, 3, 3, 3, 8, 8])        # of images; 8 has no prototype
+    given = dict(real_to=None, virtual=2, per_id=5, fr="runs/fr")
+
+    def wanted(**flags):
+        args = Namespace(**given | flags)
+        return sample.people_to_draw(args, names, 4, rows)
+    assert wanted() == {4: 5, 5: 5}
+    assert wanted(real_to=4) == {0: 2, 2: 3}                # nobody has no image, and 3 has four
+    assert "nobody" in stops(capsys, lambda: wanted(real_to=1))
+    assert "expected 1 to 3" in stops(capsys, lambda: wanted(virtual=4))
+
+
+def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path):
+    """People without a prototype come after all who have one."""
+    save_set(tmp_path / "faces", random_images(8, 16), 2, torch.rand(8, 5, 2))
+    faces = data.Faces([tmp_path / "faces"])
+    rows = data.rows_of(faces.people, ["person 3", "stranger", "person 0", "person 2"])
+    after = rows[1].item()
+    assert rows.tolist() == [2, after, 3, 0] and after >= 4
+    prototypes = randomise(Prototypes(4, 3, 6))
+    real, thresholds = sample.embed_real(Linear(16), prototypes, faces, rows)
+    assert real.labels.tolist() == [2, 2, after, after, 3, 3, 0, 0]
+    strangers = evaluate.resemblance(real, real, real.labels)
+    assert thresholds == evaluate.thresholds_of(real, strangers)[0]
+
+
+# ----------------------------------------------------------------------------------------------- verification
+
+@pytest.mark.parametrize("pairs", [100, 103, 11])           # folds of unequal size, too
+def test_verification_follows_the_field_s_protocol(monkeypatch, pairs):
+    """Squared distances; ten contiguous folds; the first threshold that is best on the other nine."""
+    first = units(pairs, 4)
+    second = unit(first + 0.8 * torch.randn(pairs, 4))
+    first[1:8], second[1:8] = first[0].clone(), second[0].clone()       # ties
+    first[2] = second[2]                                    # and an image twice
+    f = torch.stack([first, second], 1).flatten(0, 1)
+    is_same = torch.rand(pairs) < 0.5
+    monkeypatch.setattr(evaluate, "embed", lambda *_, exact: f if exact else None)
+    distance = evaluate.pair_distances(None, None)
+    assert same(distance, (first - second).square().sum(1), 1e-6)
+
+    thresholds = np.arange(0, 4, 0.01)
+    right = np.array([(distance < threshold) == is_same.numpy() for threshold in thresholds])
+    accuracies = []
+    for test in np.array_split(range(pairs), 10):
+        train = [p for p in range(pairs) if p not in test]
+        scores = right[:, train].mean(1)
+        best = [*scores].index(max(scores))
+        accuracies.append(right[best, test].mean())
+    naive = {"accuracy": np.mean(accuracies), "std": np.std(accuracies)}
+    assert evaluate.verification(distance, is_same) == pytest.approx(naive)
+
+
+def test_the_average_is_of_the_field_s_five_and_others_are_shown(monkeypatch):
+    scores = {"lfw": 0.9, "agedb_30": 0.7, "toys": 0.1}
+    monkeypatch.setattr(evaluate, "read_benchmark", lambda path, size: (path, None))
+    monkeypatch.setattr(evaluate, "pair_distances", lambda backbone, images: images)
+    accuracy = lambda name, _: {"accuracy": scores[name], "std": 0.01}
+    monkeypatch.setattr(evaluate, "verification", accuracy)
+    backbone = SimpleNamespace(config=dict(size=8))
+    benchmarks = {"toys": "toys", "agedb_30": "agedb_30", "lfw": "lfw"}
+    averaged = evaluate.averaged_of(benchmarks)
+    rows = evaluate.verify({"one": (backbone, None, None)}, benchmarks, averaged)
+    assert rows["one"]["average"] == pytest.approx(0.8)
+    assert rows["one"]["toys"]["accuracy"] == 0.1
+    text = evaluate.describe({"models": rows, "datasets": {}}, averaged)
+    assert text.index("LFW ") < text.index("AgeDB ") < text.index("toys ")
+    absent = text.split("absent: ")[1].split("\n")[0]
+    assert absent == "CFP-FP, CPLFW, CALFW"
+
+
+# ---------------------------------------------------------- consistency, separability, diversity; resemblance
+
+def cosines_of_pairs(vectors):
+    """The cosine of each pair of unit vectors."""
+    return [(a @ b).item() for a, b in itertools.combinations(vectors, 2)]
+
+
+def test_consistency_separability_and_diversity_against_loops():
+    f, quality = units(12, 6), torch.rand(12)
+    labels = torch.tensor([0] * 5 + [1] * 4 + [2] * 2 + [4])
+    C, S = evaluate.consistency_separability(f, labels)     # nobody has label 3
+    within, spread, centres = [], [], []
+    for person in (0, 1, 2, 4):
+        own = f[labels == person]
+        centres.append(unit(own.mean(0)))
+        if len(own) > 1:                                    # others have no pair
+            within.append(np.mean(cosines_of_pairs(own)))
+            spread.append(quality[labels == person].var().item())
+    assert same(C, np.mean(within))
+    assert same(S, 1 - np.mean(cosines_of_pairs(centres)))
+    assert same(evaluate.diversity(quality, labels), np.mean(spread))
+
+    alone = torch.arange(12)
+    assert evaluate.consistency_separability(f, alone)[0] is None
+    assert evaluate.diversity(quality, alone) is None
+
+
+def naive_nearest(f, targets, labels, of):
+    """For each row of f, the largest cosine to a target of another label, and which it is."""
+    found = []
+    for i, one in enumerate(f):
+        best = -2, None
+        for j, target in enumerate(targets):
+            if of[j] != labels[i]:
+                best = max(best, ((one @ target).item(), j))
+        found.append(best)
+    return torch.tensor(found).T
+
+
+def test_the_nearest_against_loops():
+    f, targets = units(9, 6), units(5, 6)
+    labels = torch.arange(9) % 5
+    of = torch.tensor([0, 0, 1, 2, 4])
+    own = naive_nearest(f, targets, labels, of)
+    assert same(torch.stack(evaluate.nearest(f, targets, labels, of)), own)
+
+
+def test_many_are_compared_in_pieces():
+    f, targets = units(70, 3), units(2 ** 21, 3)
+    labels = torch.arange(70)                               # 2^26 cosines at once are 32 rows
+    close, which = evaluate.nearest(f, targets, labels, torch.arange(2 ** 21))
+    for i in (0, 31, 32, 69):
+        cosines = targets @ f[i]
+        cosines[i] = -2
+        assert same(close[i], cosines.max()) and which[i] == cosines.argmax()
+
+
+def naive_thumbnail(image):
+    """A grey picture of 16 x 16 means, without its own mean, of length 1."""
+    side = image.shape[1] // 16
+    grey = image.float().mean(0)
+    small = []
+    for strip in grey.split(side):
+        small += [block.mean() for block in strip.split(side, 1)]
+    small = torch.stack(small)
+    return unit(small - small.mean())
+
+
+def test_faces_are_embedded_with_quality_and_thumbnail(tmp_path):
+    images = random_images(7, 32)
+    save_set(tmp_path / "faces", images, 3, torch.rand(7, 5, 2))
+    faces, backbone = data.Faces([tmp_path / "faces"]), Linear(32)
+    prototypes = randomise(Prototypes(2, 2, 6))
+    with torch.no_grad():
+        found = evaluate.embed_faces(backbone, prototypes, faces)
+        f = naive_embed(backbone, images) / 2               # the mean with the mirrored image
+        quality = prototypes.certainty(f)[:, 0]
+    rounded = 0.05 if backbone.kinds[0] == torch.bfloat16 else 1e-4
+    assert same(found.f, unit(f), rounded)
+    assert same(found.quality, quality, 3 * rounded)
+    thumbs = [naive_thumbnail(image) for image in images]
+    assert same(found.thumbs, torch.stack(thumbs))
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1, 2]
+    assert found.index.tolist() == [*range(7)] and found.faces is faces
+
+
+def random_set(count, people):
+    """Images of people, some of whom have one image only."""
+    labels = torch.randint(people, (count,))
+    labels[:people] = torch.arange(people)
+    return face_set(units(count, 6), labels, thumbs=units(count, 256))
+
+
+def mirrored(thumb):
+    """The thumbnail of the mirror image."""
+    return thumb.view(16, 16).flip(1).flatten()
+
+
+def test_resemblance_to_real_people_against_loops():
+    """To the nearest person's centre, to the nearest image, to the nearest thumbnail, mirrored or not."""
+    drawn, real = random_set(12, 6), random_set(20, 8)
+    drawn.thumbs[3] = mirrored(real.thumbs[11])
+    sums = [real.f[real.labels == person].sum(0) for person in range(8)]
+    centres = unit(torch.stack(sums))
+    others = [mirrored(thumb) for thumb in real.thumbs]
+    thumbs = torch.cat([real.thumbs, torch.stack(others)])
+    nobody = torch.full((12,), -1)
+    for given, own in ((None, nobody), (drawn.labels, drawn.labels)):
+        found = evaluate.resemblance(drawn, real, given)
+        expected = naive_nearest(drawn.f, centres, own, range(8))
+        assert same(torch.stack(found["centre"]), expected)
+        expected = naive_nearest(drawn.f, real.f, own, real.labels)
+        assert same(torch.stack(found["image"]), expected)
+        cosine, which = naive_nearest(drawn.thumbs, thumbs, own, real.labels.repeat(2))
+        assert same(found["copy"][0], cosine)
+        assert same(found["copy"][1], which % 20)
+    assert "copy" not in evaluate.resemblance(drawn._replace(thumbs=None), real)
+    copied = evaluate.resemblance(drawn, real)["copy"]
+    assert same(copied[0][3], 1) and copied[1][3] == 11
+
+
+def test_thresholds_are_what_strangers_stay_below(capsys):
+    labels = torch.cat([torch.arange(40), torch.randint(39, (260,))])
+    f = unit(units(300, 6) + 2 * units(40, 6)[labels])
+    own = []
+    for i in range(300):
+        others = labels == labels[i]
+        others[i] = False
+        if others.any():                                    # one person has a single image
+            centre = unit(f[others].sum(0))
+            own.append((centre @ f[i]).item())
+    cap = np.median(own)
+    low, high = torch.linspace(-1, cap - 0.01, 300), torch.linspace(-1, 1, 300)
+    copies, index = torch.linspace(0, 0.8, 300), torch.zeros(300)
+    strangers = {"centre": (low, index), "image": (high, index), "copy": (copies, index)}
+    real = face_set(f, labels)
+    thresholds, found_cap = evaluate.thresholds_of(real, strangers)
+    assert same(found_cap, cap)
+    assert same(thresholds["centre"], np.quantile(low, 0.99))           # 99 %
+    assert same(thresholds["image"], cap)                               # but never over the cap
+    assert same(thresholds["copy"], (1 + np.quantile(copies, 0.999)) / 2)
+    strangers = dict.fromkeys(["centre", "image"], (high, index))
+    strangers["copy"] = torch.ones(300), index
+    thresholds, _ = evaluate.thresholds_of(real, strangers)
+    assert thresholds["copy"] == 0.99
+    assert same(thresholds["centre"], cap)
+
+    alone = face_set(f, torch.arange(300))                  # nobody has another image: no cap
+    thresholds, cap = evaluate.thresholds_of(alone, strangers)
+    assert cap == 1
+    assert same(thresholds["centre"], np.quantile(high, 0.99))
+    one = face_set(f, 0 * labels)
+    assert "two people" in stops(capsys, evaluate.thresholds_of, one, strangers)
+
+
+# ----------------------------------------------------------------------------------------------- leak verdict
+
+def test_an_identity_leaks_if_most_of_its_images_are_near_one_and_the_same_person():
+    labels, person = torch.arange(100).repeat_interleave(20), torch.arange(2000) % 50
+    cosine = torch.zeros(2000)
+
+    def over(*chosen):
+        """Images of identity 0 that resemble person 7, of identity 1 that resemble person 8, and so on."""
+        cosine[:], near = 0.0, person.clone()
+        for identity, count in enumerate(chosen):
+            first = 20 * identity
+            cosine[first:first + count], near[first:first + count] = 0.9, 7 + identity
+        return evaluate.identities_over(labels, (cosine, near), 0.5)
+    assert over() == 0
+    assert over(10) == 0 and over(11) == 1                  # half is not most
+    assert over(11, 20, 10, 15) == 3
+    by_chance = evaluate.identities_over(labels, (cosine, person), 0.5)
+    assert by_chance == 0                                   # as many, but near as many people
+    cosine[:] = 0.5
+    assert evaluate.identities_over(labels, (cosine, person * 0), 0.5) == 0         # at the line is below it
+
+
+@pytest.mark.parametrize("clause, clean", [
+    ("centre", 100),            # at most 1 % of the images are near a person,
+    ("image", 100),             # or near an image;
+    ("identities", 10),         # at most 0.5 % of the identities, with most of their images, one person;
+    ("copy", 1)])               # at most one image in 10,000 is a copy
+def test_each_clause_of_the_verdict_on_both_sides_of_its_limit(clause, clean):
+    labels = torch.arange(2000).repeat(5)                   # 10,000 images of 2,000 identities
+    f = units(10_000, 6)
+    quality = torch.rand(10_000)
+    drawn = face_set(f, labels, quality=quality)
+    thresholds = {"centre": 0.5, "image": 0.6, "copy": 0.9}
+    nobody = torch.zeros(10_000, dtype=torch.long)
+
+    def judged(count):
+        found = {}
+        for test, line in thresholds.items():
+            found[test] = torch.full([10_000], line), nobody
+        over = torch.arange(count)                          # each of another identity
+        if clause == "identities":
+            over = torch.cat([over, over + 2000, over + 4000])          # three of five images
+        test = "centre" if clause == "identities" else clause
+        found[test][0][over] = 0.95
+        return evaluate.report_row(drawn, found, thresholds, Prototypes(3, 0, 6))
+    assert judged(clean)["leakage"]["verdict"] == "clean"
+    row = judged(clean + 1)
+    leakage = row.pop("leakage")
+    assert leakage["verdict"] == "leaks"
+    numbers = {"centre": "images_over", "image": "images_over_image", "copy": "copies",
+               "identities": "identities_over"}
+    assert leakage[numbers[clause]] == clean + 1
+    lines = [leakage[key] for key in ("threshold", "image_threshold", "copy_threshold")]
+    assert lines == [*thresholds.values()] and same(leakage["median"], 0.5)
+
+    C, S = evaluate.consistency_separability(f, labels)
+    D = evaluate.diversity(quality, labels)
+    assert row == dict(identities=2000, images=10_000, consistency=C, separability=S, diversity=D)
+    found = {test: (torch.zeros(10_000), nobody) for test in thresholds}
+    published = evaluate.report_row(drawn, found, thresholds, Prototypes(0, 0, 6))
+    assert published["diversity"] is None                   # it has no head for quality
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.02])
+def test_a_judge_names_copies_even_if_it_has_collapsed(spread):
+    """All embeddings nearly one point: the line that 99 % of strangers keep would let copies by, alone."""
+    labels = torch.arange(40).repeat_interleave(5)
+    collapsed = spread < 1
+    point = units(64) * collapsed
+    people = unit(point + spread * units(40, 64))
+    f = unit(people[labels] + 0.05 * torch.randn(200, 64))
+    real = face_set(f, labels, thumbs=units(200, 256))
+    strangers = evaluate.resemblance(real, real, labels)
+    thresholds, cap = evaluate.thresholds_of(real, strangers)
+    assert (thresholds["image"] == cap) == collapsed        # the cap bites
+
+    strange = unit(point + 0.4 * torch.randn(98, 64))
+    planted = torch.cat([strange, f[[17, 4]]])
+    planted = face_set(planted, torch.arange(100), thumbs=units(100, 256))
+    planted.thumbs[98] = mirrored(real.thumbs[17])
+    found = evaluate.resemblance(planted, real)
+    row = evaluate.report_row(planted, found, thresholds, Prototypes(40, 0, 64))
+    assert row["leakage"]["verdict"] == "leaks" and row["leakage"]["copies"] == 1
+    rows = [[*row] for row in evaluate.offenders(planted, found, thresholds, real)]
+    assert ["98.jpg", "image", "1.0000", "p3", "17.jpg"] in rows
+    assert ["98.jpg", "copy", "1.0000", "p3", "17.jpg"] in rows
+    assert ["99.jpg", "image", "1.0000", "p0", "4.jpg"] in rows
+    centre = found["centre"][0][98].item()
+    assert ["98.jpg", "centre", f"{centre:.4f}", "p3", ""] in rows
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+def numbered_set(root, count=11):
+    """A set whose images, people and landmarks all tell the number of the image."""
+    numbers = torch.arange(count, dtype=torch.uint8)
+    images = numbers.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    landmarks = numbers.view(-1, 1, 1).expand(-1, 5, 2) / 64
+    save_set(root, images, 4, landmarks)
+    return data.Faces([root])
+
+
+def numbers_of(batch):
+    """The numbers of the images of a batch, whose labels and landmarks must be their own."""
+    x, labels, landmarks = batch
+    numbers = [round(pixel * 127.5 + 127.5) for pixel in x[:, 0, 0, 0].tolist()]
+    for number, image, label, points in zip(numbers, x, labels, landmarks, strict=True):
+        assert same(image, torch.full((3, 8, 8), (number - 127.5) / 127.5))
+        assert label == number // 4
+        assert same(points, torch.full((5, 2), number / 64), 2e-3)
+    return numbers
+
+
+def test_each_epoch_shows_each_image_once_in_an_order_of_its_own(tmp_path):
+    faces = numbered_set(tmp_path / "faces")
+
+    def order(seed, first, last):
+        return [numbers_of(batch) for batch in data.batches(faces, 3, seed, first, last)]
+    steps = order(seed=0, first=0, last=9)                  # three epochs of three steps
+    one, two, three = (sum(steps[i:i + 3], []) for i in (0, 3, 6))
+    for numbers in (one, two, three):
+        assert len({*numbers}) == 9                         # of eleven: the rest is left out
+        assert numbers != sorted(numbers)
+    assert {*one, *two, *three} == {*range(11)}
+    assert one != two and two != three and three != one
+
+    assert order(seed=0, first=4, last=8) == steps[4:8]     # a resumed run sees what it would have seen
+    assert order(seed=1, first=0, last=9) != steps
+
+
+# ====================================================================================================== faces
+
+def stored(image, kind="PNG", **options):
+    """A PIL image encoded, as an open file."""
+    image.save(buffer := io.BytesIO(), kind, **options)
+    return buffer
+
+
+def jpeg(image, **options):
+    """The bytes of a JPEG of an image (3, S, S)."""
+    return stored(to_pil_image(image), "JPEG", **options).getvalue()
+
+
+def contents(root):
+    """The files below a folder, also behind links: {name: bytes}."""
+    found = {}
+    for folder, _, files in os.walk(root, followlinks=True):
+        for file in files:
+            path = Path(folder, file)
+            found[path.relative_to(root).as_posix()] = path.read_bytes()
+    return found
+
+
+def people(count, per_person, size=32):
+    """Toy people, `per_person` pictures of each: images uint8, landmarks in [0, 1]."""
+    who = 2 * torch.rand(count, toys.PERSON) - 1
+    who = who.repeat_interleave(per_person, 0)
+    circumstances = 2 * torch.rand(len(who), toys.PICTURE) - 1
+    images, points = toys.draw_faces(who, circumstances, size)
+    return model.to_uint8(2 * images - 1), points
+
+
+def folder(root, count, per_person, size=32, landmarks=True):
+    """A small image folder of toy people; what it holds."""
+    images, points = people(count, per_person, size)
+    save_set(root, images, per_person, points)
+    if not landmarks:
+        (root / "landmarks.csv").unlink()
+    return images, points
+
+
+def images_of(faces):
+    """All images of a set, (M, 3, S, S)."""
+    return torch.stack([torch.as_tensor(faces[i][0]) for i in range(len(faces))])
+
+
+def test_folders_unite_by_identity_name(tmp_path):
+    images, points = folder(tmp_path / "a", 3, 2)
+    folder(tmp_path / "b", 4, 1, size=48, landmarks=False)
+    faces = data.Faces([tmp_path / "a", tmp_path / "b"])
+    assert list(faces.people) == ["person 0", "person 1", "person 2", "person 3"]
+    assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2, 3]
+    assert faces.size == 32 and len(faces) == 10            # the first decides on the size
+    assert same(faces.landmarks[:6], points, 1e-3)
+    assert faces.landmarks[6:].isnan().all()
+    assert faces.path(3) == f"{tmp_path}/a/person 1/1.png"
+    assert torch.equal(images_of(faces)[:6], images)
+
+
+def test_for_an_unreadable_image_the_next_one_stands_in(tmp_path):
+    """With its own label and landmarks; batches keep their size."""
+    folder(tmp_path / "a", 2, 60)
+    broken = tmp_path / "a/person 0/9.png"                  # the last of person 0: names are sorted as text
+    broken.write_bytes(b"broken")
+    faces = data.Faces([tmp_path / "a"])
+    first = faces.labels.tolist().index(1)
+    seen = [*data.batches(faces, 40, 0, 0, 3)]              # one epoch
+    x, labels, landmarks = (torch.cat(part) for part in zip(*seen))
+    assert x.shape == (120, 3, 32, 32)
+    assert labels.bincount().tolist() == [59, 61]
+    stand_ins = (landmarks == faces.landmarks[first]).all((1, 2))
+    assert stand_ins.sum() == 2
+
+
+def test_an_unreadable_image_is_warned_about_and_a_set_of_them_refused(tmp_path, capsys):
+    folder(tmp_path / "a", 2, 2)
+    (tmp_path / "a/person 1/0.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="person 1/0.png"):
+        images_of(data.Faces([tmp_path / "a"]))
+    for path in (tmp_path / "a").rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.warns(UserWarning):
+        assert "any other" in stops(capsys, data.Faces, [tmp_path / "a"])
+
+
+def test_a_training_step_waits_for_no_copy(tmp_path, monkeypatch):
+    faces, to, asked = numbered_set(tmp_path / "faces"), torch.Tensor.to, []
+
+    def spy(tensor, *given, **options):
+        asked.append(options.get("non_blocking"))
+        return to(tensor, *given, **options)
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    list(data.batches(faces, 5, 0, 0, 2))
+    assert asked.count(True) == 2 * 3                       # images, labels, landmarks
+
+
+def test_an_image_is_opened_as_it_is_meant_to_be_seen():
+    """Upright, of any depth in 8 bits, and on white where it is transparent."""
+    image = to_pil_image(people(1, 1)[0][0])
+    exif = Image.Exif()
+    exif[0x112] = 6                                         # seen after a quarter turn
+    turned = stored(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    assert np.array_equal(data.open_image(turned), image)
+
+    grey = np.asarray(image.convert("L"))
+    deep = [(grey.astype(np.uint16) * 257, "PNG"),
+            (grey.astype(np.int32) * 257, "TIFF"),
+            (grey / np.float32(255), "TIFF")]
+    for values, kind in deep:
+        opened = data.open_image(stored(Image.fromarray(values), kind))
+        assert np.array_equal(np.asarray(opened)[..., 0], grey)
+
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    assert (np.asarray(data.open_image(stored(clear))) == 255).all()
+
+
+def test_an_image_starts_no_program(tmp_path, monkeypatch):
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    image = to_pil_image(people(1, 1)[0][0])
+    with pytest.raises(Exception):
+        data.open_image(stored(image, "EPS"))
+    assert not (tmp_path / "started").exists()
+
+
+def test_files_and_rows_that_are_not_used_are_said(tmp_path, capsys):
+    folder(tmp_path / "a", 2, 2)
+    (tmp_path / "a/person 0/2020").mkdir()
+    (tmp_path / "a/person 0/0.png").rename(tmp_path / "a/person 0/2020/0.jfif")
+    (tmp_path / "a/person 1/0.heic").touch()
+    faces = data.Faces([tmp_path / "a"])
+    said = capsys.readouterr().out
+    assert faces.labels.tolist() == [0, 0, 1, 1]            # folders in folders belong to the person
+    assert "left out 1 files" in said and "person 1/0.heic" in said
+    assert "1 of its 4 rows name no image" in said
+    assert faces.landmarks.isnan().sum() == 10
+
+
+def test_landmarks_in_another_order_are_warned_about(tmp_path, capsys):
+    folder(tmp_path / "a", 2, 2)
+    path = tmp_path / "a/landmarks.csv"
+    exchanged = []
+    for name, *numbers in csv.reader(path.open()):
+        eyes, nose, mouth = numbers[:4], numbers[4:6], numbers[6:]
+        exchanged.append(",".join([name, *mouth, *nose, *eyes]))
+    assert data.read_landmarks(tmp_path / "a", ["person 1/0.png"], 32).isfinite().all()
+    assert "WARNING" not in capsys.readouterr().out
+    path.write_text("\n".join(exchanged))
+    assert data.read_landmarks(tmp_path / "a", ["person 1/0.png"], 32).isfinite().all()
+    assert "WARNING" in capsys.readouterr().out
+
+
+# ============================================================================= the scripts, as users run them
 
 def here(name, *args, cwd, code=0, env={}, rank=0):
     """Runs a script in this process, which has imported PyTorch already; what it prints."""
@@ -70,409 +1903,13 @@ def stops(capsys, call, *args):
     return errors[0]
 
 
-# -------------------------------------------------------------------------------- recogniser and prototypes
-
-@pytest.mark.parametrize("cosine", [0.9, 0.2, -0.5, -0.95, 1.0, -1.0])
-def test_arcface_against_the_definition(cosine):
-    cos = torch.tensor([[0.3, cosine, -0.1]], dtype=torch.float64, requires_grad=True)
-    logits = model.arcface(cos, torch.tensor([1]))
-    theta = math.acos(cosine)
-    expected = math.cos(theta + 0.5) if theta + 0.5 <= math.pi else cosine - 0.5 * math.sin(0.5)
-    assert logits[0].tolist() == pytest.approx([64 * 0.3, 64 * expected, -6.4], abs=2e-3)
-    logits.sum().backward()
-    assert cos.grad.isfinite().all()
-    if abs(cosine) < 0.9:
-        slope = math.sin(theta + 0.5) / math.sin(theta)                      # d cos(theta + m) / d cos(theta)
-        assert cos.grad[0].tolist() == pytest.approx([64, 64 * slope, 64])
-
-
-@pytest.mark.parametrize("quality", [-1.0, -0.3, 0.0, 0.6, 1.0])
-@pytest.mark.parametrize("cosine", [0.98, 0.2, -0.5, -0.98])
-def test_adaface_against_the_definition(quality, cosine):
-    cos = torch.tensor([[0.3, cosine, -0.1]], dtype=torch.float64, requires_grad=True)
-    logits = model.adaface(cos, torch.tensor([1]), torch.tensor([[quality]], dtype=torch.float64))
-    theta, m = math.acos(cosine), 0.4
-    angle = min(max(theta - m * quality, 1e-3), math.pi - 1e-3)                 # g_angle = -m quality
-    expected = math.cos(angle) - (m + m * quality)                              # g_add = m + m quality
-    assert logits[0].tolist() == pytest.approx([64 * 0.3, 64 * expected, -6.4])
-    logits.sum().backward()
-    slope = math.sin(angle) / math.sin(theta) if 1e-3 < angle < math.pi - 1e-3 else 0
-    assert cos.grad[0].tolist() == pytest.approx([64, 64 * slope, 64])
-
-
-@pytest.mark.parametrize("head", model.MARGINS)
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_embedding_breaks_the_loss(head, kind):
-    prototypes = model.Prototypes(4, 4, 8)
-    f = torch.cat([prototypes.real[:1].detach(), -prototypes.real[1:2].detach(), torch.zeros(1, 8),
-                   1e4 * torch.ones(1, 8)]).to(kind).requires_grad_()       # cos = 1, cos = -1, no norm, huge
-    real, virtual, quality = model.vigface_loss(f, torch.arange(4), prototypes, 3, head)
-    virtual.backward(retain_graph=True)                             # moves virtual prototypes, nothing else
-    assert all(given.grad is None or not given.grad.any() for given in (f, prototypes.real))
-    assert prototypes.virtual.grad.abs().sum() > 0
-    (real + quality).backward()
-    assert f.grad.isfinite().all() and all(p.grad.isfinite().all() for p in prototypes.parameters())
-    assert all(buffer.isfinite().all() for buffer in prototypes.buffers())
-
-
-@pytest.mark.parametrize("head", model.MARGINS)
-def test_real_loss_is_the_margin_loss_over_all_prototypes_with_a_ramp(head):
-    f, labels, (logits, margin) = 9 * torch.randn(6, 8), torch.arange(6) % 5, model.MARGINS[head]
-    norm = f.norm(dim=1, keepdim=True)                  # AdaFace's quality, at the first step of its averages
-    mean, std = 0.99 * 20 + 0.01 * norm.mean(), 0.99 * 100 + 0.01 * norm.std()
-    quality = ((norm - mean) / (std + 1e-3) * 0.333).clamp(-1, 1)
-    for ramp in (0.0, 0.3, 1.0):
-        prototypes = model.Prototypes(5, 4, 8)
-        expected = logits(F.normalize(f) @ prototypes.unit().T, labels, quality, margin=ramp * margin)
-        real, _, _ = model.vigface_loss(f, labels, prototypes, 0, head, ramp)
-        assert real.item() == pytest.approx(F.cross_entropy(expected, labels).item(), rel=1e-4)
-    real.backward()                                                 # virtual prototypes are its negatives
-    assert prototypes.virtual.grad.abs().sum() > 0 and prototypes.real.grad.abs().sum() > 0
-
-
-def test_quality_head_learns_the_cr_fiqa_ratio_and_disturbs_nothing():
-    prototypes, f = model.Prototypes(4, 3, 8), torch.randn(5, 8, requires_grad=True)
-    cos = F.normalize(f) @ F.normalize(prototypes.real).T
-    loss, naive = model.quality_loss(f, cos, torch.arange(5) % 4, prototypes), []
-    for i in range(5):
-        own, nearest_other = cos[i, i % 4], max(cos[i, j] for j in range(4) if j != i % 4)
-        gap = abs(prototypes.quality(f[i]) - own / (nearest_other + 1 + 1e-9)).item()
-        naive.append(gap ** 2 if gap < 0.5 else gap - 0.25)                     # smooth L1, beta 1/2
-    assert loss.item() == pytest.approx(np.mean(naive), rel=1e-4)
-    loss.backward()
-    assert f.grad is None and prototypes.real.grad is None and prototypes.quality.weight.grad.abs().sum() > 0
-
-
-def test_virtual_prototypes_lie_where_people_do():
-    n, dim, used = 3000, 64, 20
-    prototypes, axes = model.Prototypes(n, 2000, dim), torch.linalg.qr(torch.randn(dim, dim))[0]
-    spread = torch.linspace(1, -0.5, dim).where(torch.arange(dim) < used, torch.tensor(0.02))
-    with torch.no_grad():
-        prototypes.real.copy_(torch.randn(n, dim) * spread @ axes.T)
-        prototypes.virtual.copy_(torch.randn(2000, dim) * torch.linspace(0.1, 1, dim) @ axes.T)  # they flee
-    assert (prototypes.unit()[n:] @ axes[:, :used]).square().sum(1).mean() > 0.99       # in training
-    images = prototypes.real.detach().repeat(2, 1) + torch.randn(2 * n, dim) * (1 - spread) @ axes.T
-    f, labels = F.normalize(images), torch.arange(n).repeat(2)      # they differ where people do not
-    people = model.person_moment(f, labels)
-    some, who = torch.cat([f[:9], f[n:n + 9], f[9:11]]), torch.tensor([*range(9), *range(9), 0, 9])
-    pairs = [[*itertools.permutations(some[who == i], 2)] for i in range(9)]        # the tenth has one image
-    loop = sum(a.outer(b) / len(of_one) for of_one in pairs for a, b in of_one)
-    assert torch.allclose(model.person_moment(some, who), loop / loop.trace(), atol=1e-3)
-    assert torch.allclose(model.person_moment(f[:n], labels[:n]), f[:n].T @ f[:n] / n, atol=1e-4)
-    assert (people @ axes[:, used:]).norm() < 0.3 * people.norm()
-    prototypes.settle(torch.eye(dim) / dim)                                         # as if people were round
-    real, virtual = prototypes.to_draw().tensor_split([n])
-    drawn = torch.eye(dim) / dim / 3 + real.T @ real / n * 2 / 3
-    assert torch.equal(real, F.normalize(prototypes.real))
-    assert (virtual.T @ virtual / 2000 - drawn).norm() < 0.1 * drawn.norm()         # of unit length again
-    prototypes.free = True                                                      # the paper's: left alone
-    prototypes.settle(people)
-    assert torch.equal(prototypes.unit()[n:], F.normalize(prototypes.virtual))
-    assert torch.equal(prototypes.to_draw()[n:], F.normalize(prototypes.virtual))
-
-
-@pytest.mark.parametrize("dim, cosine", [(64, 0.4), (64, 0.95), (512, 0.5), (512, 0.75)])
-def test_virtual_embeddings_are_as_close_to_their_prototypes_as_real_ones(dim, cosine):
-    prototypes = model.Prototypes(500, 1, dim)
-    w = F.normalize(prototypes.real.detach())
-    aside = F.normalize(torch.randn_like(w) * torch.linspace(0.5, 1.5, dim))
-    f = F.normalize(w + aside * (1 / cosine ** 2 - 1) ** 0.5)
-    for _ in range(80):                                                         # an average over many steps
-        model.vigface_loss(f, torch.arange(500), prototypes, 1)
-    assert torch.allclose(prototypes.sigma2, (f - w).square().mean(0), rtol=0.01)
-    virtual = model.around(w, torch.randn_like(w), prototypes.sigma2)
-    assert abs((virtual * w).sum(1).mean() - (f * w).sum(1).mean()) < 0.02
-    assert torch.allclose(model.around(w, torch.randn_like(w), torch.zeros(dim)), w, atol=1e-6)
-
-
-def test_virtual_batch_has_the_paper_s_size_on_average():
-    for k, b_real, n in ((5, 4, 5), (7, 4, 5), (1, 3, 10), (120, 2, 11), (0, 4, 5)):
-        sizes = [model.virtual_batch_size(step, k, b_real, n) for step in range(50)]
-        assert sum(sizes) == 50 * k * b_real // n and all(abs(size - k * b_real / n) < 1 for size in sizes)
-
-
-# --------------------------------------------------------------------------------------------- DiT, diffusion
-
-def test_a_fresh_dit_draws_grey_and_its_parts_are_what_they_say():
-    x = torch.randn(2, 16, 64)
-    assert torch.equal(model.DiTBlock(64, 4)(x, torch.randn(2, 64)), x)         # adaLN-Zero
-    dit = model.DiT(32, 64, 4, width=64, depth=2, heads=1)
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([0.3, 1.0])
-    a, s = model.signal_noise(t)
-    v = dit(x, t, torch.randn(2, 64), torch.rand(2, 5, 2))
-    assert v.shape == (2, 3, 32, 32) and torch.allclose(a * x - s * v, torch.zeros(()), atol=1e-6)      # x0
-    image = model.landmark_image(torch.tensor([[[.2, .2], [.8, .2], [.5, .5], [.2, .8], [.8, .8]]]), 50)[0]
-    assert image[:, [10, 10, 25, 40, 40], [10, 40, 25, 10, 40]].argmax(0).tolist() == [0, 0, 1, 2, 2]
-    assert image.mean() < 0.05                                              # eyes red, nose green, mouth blue
-
-
-def test_losses_of_a_perfect_dit_and_of_one_that_draws_somebody_else():
-    x, seen = torch.rand(2000, 3, 4, 4) * 2 - 1, []
-
-    def oracle(x, x_t, t, w, landmarks):            # knows the only image there is, whoever is asked for
-        seen.append(w)
-        a, s = model.signal_noise(t)
-        return (a * x_t - x) / s                                              # x0 = a x_t - s v, solved for v
-    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 16, bias=False))
-    w = F.normalize(torch.randn(2000, 16))
-    v_loss, identity_loss = model.dit_loss(partial(oracle, x), backbone, x, w, None)
-    assert v_loss < 1e-6 and identity_loss < 1e-6                   # whatever w is: towards the picture itself
-    assert 0.07 < (seen[0] == 0).all(1).float().mean() < 0.13
-    kept = (seen[0] != 0).any(1)
-    assert torch.equal(seen[0][kept], w[kept])
-    _, opposite = model.dit_loss(partial(oracle, -x), backbone, x, w, None)          # 4 times a^2
-    assert 1.8 < opposite < 2.2                                     # t is symmetric about 1/2: mean a^2 = 1/2
-
-
-def test_solver_recovers_gaussians():
-    """For data N(m, d^2) the best x0 is known and so is the flow: noise e ends at m + d e."""
-    m, noise = 0.7, torch.randn(2000, 1, dtype=torch.float64)
-
-    def error(d, steps):
-        def denoise(x, t):
-            a, s = math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
-            return m + a * d ** 2 / (a ** 2 * d ** 2 + s ** 2) * (x - a * m)
-        return ((model.dpm_solver(denoise, noise, steps) - m) / d - noise).abs().mean().item()
-    assert max(error(d, 10) for d in (0.1, 0.4, 1, 3, 10)) < 0.06       # from fine detail to brightness
-    assert error(1, 40) < error(1, 10) / 10                                # first order would give a quarter
-    assert abs(error(1, 1) - noise.abs().mean()) < 1e-9                    # one step: x0 at t = 1 is the mean
-
-
-def test_guidance_is_linear_and_runs_nobody_only_if_need_be():
-    calls = []
-
-    def dit(x, t, w, landmarks):
-        calls.append(bool(w.any()))
-        return 0.1 * w.mean() * torch.ones_like(x)
-    x, w = torch.zeros(2, 3, 4, 4), torch.ones(2, 8)
-    x0 = {g: model.guided(dit, w, None, g)(x, 1.0) for g in (1.0, 0.0, 3.0)}    # at t = 1, x0 = -v
-    assert torch.allclose(x0[3.0], 3 * x0[1.0] - 2 * x0[0.0]) and torch.allclose(x0[1.0], torch.tensor(-0.1))
-    assert calls == [True, True, False, True, False]
-
-
-# ------------------------------------------------------------------------------------------------------ faces
-
-def contents(root):
-    """What lies below a folder: {name: bytes}."""
-    files = [path for path in root.rglob("*") if path.is_file()]
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
-
-
-def people(count, per_person, size=32):
-    """Toy people, `per_person` pictures of each: images uint8, landmarks in [0, 1]."""
-    who = (2 * torch.rand(count, toys.PERSON) - 1).repeat_interleave(per_person, 0)
-    images, points = toys.draw_faces(who, 2 * torch.rand(len(who), toys.PICTURE) - 1, size)
-    return model.to_uint8(2 * images - 1), points
-
-
-def folder(root, count, per_person, size=32, landmarks=True):
-    """A small image folder of drawn people; what it holds."""
-    images, points = people(count, per_person, size)
-    files = [f"person {i // per_person}/{i % per_person}.png" for i in range(len(images))]
-    for name, image in zip(files, images):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(root / name)
-    if landmarks:
-        data.write_landmarks(root / "landmarks.csv", zip(files, points * size))
-    return images, points
-
-
-def stored(image, kind="PNG", **options):
-    """A PIL image encoded, as an open file."""
-    image.save(buffer := io.BytesIO(), kind, **options)
-    return buffer
-
-
-def jpeg(image, **options):
-    return stored(to_pil_image(image), "JPEG", **options).getvalue()
-
-
-MAGIC = struct.pack("<I", 0xced7230a)
-
-
-def write_records(root, images, labels):
-    """train.rec and train.idx as InsightFace has them: a header, then images; some labels are vectors."""
-    bodies = [struct.pack("<IfQQff", 2, 0.0, 0, 0, len(images) + 1.0, len(images) + 1.0)]
-    for i, (image, label) in enumerate(zip(images, labels)):
-        bodies += [struct.pack("<IfQQ", 0, label, i, 0) + image if i % 2 else
-                   struct.pack("<IfQQff", 2, 0.0, i, 0, label, 0.0) + image]
-    content, index = b"", ""
-    for key, body in enumerate(bodies):
-        index += f"{key}\t{len(content)}\n"
-        parts = body.split(MAGIC)                       # RecordIO cuts a record where its bytes are the magic
-        for flag, part in zip([0] if len(parts) == 1 else [1, *[2] * (len(parts) - 2), 3], parts):
-            content += MAGIC + struct.pack("<I", flag << 29 | len(part)) + part + b"\0" * (-len(part) % 4)
-    root.mkdir(exist_ok=True)
-    (root / "train.rec").write_bytes(content)
-    (root / "train.idx").write_text(index)
-
-
-def test_folders_and_records_unite_by_identity_name(tmp_path):
-    images, points = folder(tmp_path / "a", 3, 2)
-    folder(tmp_path / "b", 4, 1, size=48, landmarks=False)
-    files = [jpeg(image) for image in images]
-    split = jpeg(images[0], comment=b"ab" + MAGIC + b"c" + MAGIC)               # is left out, and counted aloud
-    write_records(tmp_path / "r", [*files, split], [7, 7, 0, 0, 4, 4, 9])
-    faces = data.Faces([tmp_path / name for name in "abr"])
-    assert list(faces.people) == [f"person {i}" for i in range(4)] + ["7", "0", "4"] and faces.size == 32
-    assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6]
-    assert torch.allclose(faces.landmarks[:6], points, atol=1e-3) and faces.landmarks[6:].isnan().all()
-    assert faces.path(3) == f"{tmp_path}/a/person 1/1.png"
-    images = torch.stack([*images, *(pil_to_tensor(data.open_image(io.BytesIO(file))) for file in files)])
-    assert torch.equal(torch.from_numpy(faces.images)[[*range(6), *range(10, 16)]], images)
-
-
-def test_for_an_unreadable_image_the_next_one_stands_in(tmp_path, monkeypatch, capsys):
-    """With its own label and landmarks, in memory and read as large sets are; batches keep their size."""
-    folder(tmp_path / "a", 2, 60)
-    (tmp_path / "a/person 0/9.png").write_bytes(b"broken")                      # the last of person 0
-    rows = (tmp_path / "a/landmarks.csv").read_text().splitlines()
-    (tmp_path / "a/landmarks.csv").write_text("\n".join(row for row in rows if "0/9.png" not in row))
-    monkeypatch.setattr(retinaface, "load_detector", lambda *_: None)
-    monkeypatch.setattr(retinaface, "crop_landmarks", lambda _, images: torch.full((len(images), 5, 2), torch.nan))
-    seen, sent, to = [], [], torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda *given, **how: sent.append(how) or to(*given, **how))
-    for memory in (3e9, 0):
-        faces = data.Faces([tmp_path / "a"], memory=memory)
-        retinaface.complete_landmarks(faces, tmp_path / "run", None)
-        assert (faces.images is None) == (memory == 0) and not faces.landmarks.isnan().any()
-        seen.append([torch.stack(part) for part in zip(*data.batches(faces, 40, 0, 0, 6))])     # two epochs
-    assert all(torch.equal(in_memory, lazy) for in_memory, lazy in zip(*seen, strict=True))
-    assert sum("non_blocking" in how for how in sent) == 2 * 6 * 3          # a step waits for no copy
-    x, labels, landmarks = (part[:3].flatten(0, 1) for part in seen[0])         # one epoch
-    assert x.shape == (120, 3, 32, 32) and labels.bincount().tolist() == [59, 61]
-    assert (landmarks == faces.landmarks[faces.labels.tolist().index(1)]).all((1, 2)).sum() == 2
-    with pytest.warns(UserWarning, match="person 0/9.png"):
-        faces[59]                                                       # 9.png: names are sorted as text
-    for path in (tmp_path / "a").rglob("*.png"):
-        path.write_bytes(b"broken")
-    with pytest.warns(UserWarning):
-        assert "any other" in stops(capsys, data.Faces, [tmp_path / "a"])
-
-
-def test_an_image_is_opened_as_it_is_meant_to_be_seen(tmp_path, monkeypatch):
-    """Upright, of any depth in 8 bits, on white where it is transparent, and without starting a program."""
-    image = to_pil_image(people(1, 1)[0][0])
-    exif, grey, clear = Image.Exif(), np.asarray(image.convert("L")), image.convert("RGBA")
-    exif[0x112] = 6
-    turned = data.open_image(stored(image.transpose(Image.Transpose.ROTATE_90), exif=exif))
-    assert np.array_equal(np.asarray(turned), np.asarray(image))
-    for deep, kind in ((grey.astype(np.uint16) * 257, "PNG"), (grey.astype(np.int32) * 257, "TIFF"),
-                       (grey / np.float32(255), "TIFF")):
-        assert np.array_equal(np.asarray(data.open_image(stored(Image.fromarray(deep), kind)))[..., 0], grey)
-    clear.putalpha(0)
-    assert (np.asarray(data.open_image(stored(clear))) == 255).all()
-    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
-    (tmp_path / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(Exception):
-        data.open_image(stored(image, "EPS"))
-    assert not (tmp_path / "started").exists()
-
-
-def test_files_and_rows_that_are_not_used_are_said(tmp_path, capsys):
-    folder(tmp_path / "a", 2, 2)
-    (tmp_path / "a/person 0/2020").mkdir()
-    (tmp_path / "a/person 0/0.png").rename(tmp_path / "a/person 0/2020/0.jfif")
-    (tmp_path / "a/person 1/0.heic").touch()
-    faces = data.Faces([tmp_path / "a"])
-    said = capsys.readouterr().out
-    assert faces.labels.tolist() == [0, 0, 1, 1] and "1 .heic" in said
-    assert "1 of its 4 rows name no image" in said and faces.landmarks.isnan().sum() == 10
-    rows = (tmp_path / "a/landmarks.csv").read_text().splitlines()
-    exchanged = [[name, *numbers[6:], *numbers[4:6], *numbers[:4]] for name, *numbers in csv.reader(rows)]
-    (tmp_path / "a/landmarks.csv").write_text("\n".join(map(",".join, exchanged)))
-    assert data.read_landmarks(tmp_path / "a", ["person 1/0.png"], 32).isfinite().all()
-    assert "WARNING" in capsys.readouterr().out
-
-
-PNG = jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))
-
-
-# ------------------------------------------------------------------------------------------------- evaluation
-
-@pytest.mark.parametrize("pairs", [100, 103, 11])                               # folds of unequal size, too
-def test_verification_against_a_literal_protocol(monkeypatch, pairs):
-    f = F.normalize(torch.randn(2 * pairs, 4))
-    f[1::2] = F.normalize(f[0::2] + 0.8 * torch.randn(pairs, 4))
-    f[2:16:2], f[3:16:2] = f[0], f[1]                                           # ties
-    f[4] = f[5]                                                                 # and an image twice
-    same = torch.rand(pairs) < 0.5
-    monkeypatch.setattr(evaluate, "embed", lambda *_, exact: f)
-    distance = evaluate.pair_distances(None, None)
-    naive = [sum((a - b) ** 2 for a, b in zip(x, y)) for x, y in zip(f[0::2].tolist(), f[1::2].tolist())]
-    assert distance.tolist() == pytest.approx(naive, abs=1e-6)
-    right = lambda chosen, threshold: np.mean([(distance[i] < threshold) == bool(same[i]) for i in chosen])
-    thresholds, accuracies = np.arange(0, 4, 0.01), []
-    for test in np.array_split(np.arange(pairs), 10):
-        train = [i for i in range(pairs) if i not in test]
-        best = int(np.argmax([right(train, threshold) for threshold in thresholds]))
-        accuracies.append(right(test, thresholds[best]))
-    naive = [np.mean(accuracies), np.std(accuracies)]
-    assert [*evaluate.verification(distance, same).values()] == pytest.approx(naive)
-
-
-def test_consistency_separability_diversity_and_nearest_against_loops():
-    f, labels = F.normalize(torch.randn(12, 6)), torch.tensor([0] * 5 + [1] * 4 + [2] * 2 + [3])
-    C, S = evaluate.consistency_separability(f, labels)
-    pairs = [[(f[i] @ f[j]).item() for i in range(12) for j in range(i) if labels[i] == labels[j] == c]
-             for c in range(3)]
-    centres = torch.stack([F.normalize(f[labels == c].mean(0), dim=0) for c in range(4)])
-    apart = [1 - (centres[i] @ centres[j]).item() for i in range(4) for j in range(4) if i != j]
-    assert (C, S) == pytest.approx((np.mean([np.mean(p) for p in pairs]), np.mean(apart)), abs=1e-5)
-    for targets, own in ((centres, torch.arange(4)), (f, labels)):
-        close, which = model.nearest(f, targets, labels, own)
-        for i in range(12):
-            naive = max(((f[i] @ targets[j]).item(), j) for j in range(len(own)) if own[j] != labels[i])
-            assert (close[i].item(), which[i].item()) == pytest.approx(naive, abs=1e-5)
-    quality = torch.rand(12)
-    naive = np.mean([quality[labels == c].numpy().var(ddof=1) for c in range(3)])
-    assert evaluate.diversity(quality, labels) == pytest.approx(naive, rel=1e-4)
-
-
-@pytest.mark.parametrize("spread", [1.0, 0.02])
-def test_a_judge_names_copies_even_if_it_has_collapsed(spread):
-    """All embeddings nearly one point: the line that 99 % of strangers keep would let copies by, alone."""
-    def face_set(f, labels):
-        people, thumbs = {f"p{i}": i for i in range(100)}, F.normalize(torch.randn(len(f), 256))
-        faces = SimpleNamespace(people=people, path=lambda i: f"{i}.jpg")
-        return evaluate.FaceSet(f, labels, thumbs, torch.zeros(len(f)), faces, torch.arange(len(f)))
-    point, labels = F.normalize(torch.randn(64), dim=0), torch.arange(40).repeat_interleave(5)
-    people = F.normalize(point * (spread < 1) + spread * F.normalize(torch.randn(40, 64)))
-    real = face_set(F.normalize(people[labels] + 0.05 * torch.randn(200, 64)), labels)
-    strangers = evaluate.resemblance(real, real, labels)
-    thresholds, cap = evaluate.thresholds_of(real, strangers)
-    others = [real.f[(labels == labels[i]) & (torch.arange(200) != i)].mean(0) for i in range(200)]
-    own = F.cosine_similarity(torch.stack(others), real.f)
-    assert cap == pytest.approx(own.quantile(0.5).item(), abs=1e-5)
-    for test in ("centre", "image"):
-        assert thresholds[test] == pytest.approx(min(cap, strangers[test][0].quantile(0.99).item()), abs=1e-5)
-    assert (thresholds["image"] == cap) == (spread < 1)                         # the cap bites
-    strange = F.normalize(point * (spread < 1) + 0.4 * torch.randn(98, 64))
-    planted = face_set(torch.cat([strange, real.f[[17, 4]]]), torch.arange(100))
-    planted.thumbs[98] = real.thumbs[17].view(16, 16).flip(1).flatten()         # mirrored
-    found = evaluate.resemblance(planted, real)
-    row = evaluate.report_row(planted, found, thresholds, model.Prototypes(40, 0, 64))
-    assert row["leakage"]["verdict"] == "leaks" and row["leakage"]["copies"] == 1
-    rows = [row for row in evaluate.offenders(planted, found, thresholds, real) if row[0] in ("98.jpg", "99.jpg")]
-    assert ["98.jpg", "image", "1.0000", "p3", "17.jpg"] in rows and "4.jpg" in rows[-2]
-    assert ["98.jpg", "copy", "1.0000", "p3", "17.jpg"] in rows
-
-
-def test_one_real_person_in_a_hundred_identities_leaks():
-    labels, person = torch.arange(100).repeat_interleave(20), torch.randint(50, (2000,))
-    cosine = torch.zeros(2000)
-    cosine[:11], person[:11] = 0.9, 7                                           # 11 of 20 of identity 0
-    assert evaluate.identities_over(labels, (cosine, person), 0.5) == 1
-    person[:11] = torch.arange(11)                                              # of as many people: chance
-    assert evaluate.identities_over(labels, (cosine, person), 0.5) == 0
-
-
-# --------------------------------------------------------------------------- the scripts, as a user runs them
-
-FR = ("--data", "faces", "--batch", 8, "--epochs", 10, "--head", "adaface")  # 120 steps; saved at 108, 120
-DIT = ("--arch", "Ti/8", "--steps", 3, "--batch", 8)
-SAMPLE = ("--virtual", 5, "--per-id", 3, "--steps", 3, "--batch", 4, "--real", "twins")      # rejects nothing
+FR = "--data faces --batch 8 --epochs 10 --head adaface".split()        # 120 steps; saved at 108 and 120
+DIT = "--arch Ti/8 --steps 3 --batch 8".split()
+SAMPLE = "--virtual 5 --per-id 3 --steps 3 --batch 4 --real twins".split()          # rejects nothing
+ALONE = "--data runs/virtual --virtual 0 --batch 8 --epochs 1 --out runs/fr-virtual".split()
+COMMANDS = [("fr_train.py", FR), ("dit_train.py", DIT), ("sample.py", SAMPLE), ("fr_train.py", ALONE),
+            ("evaluate.py", [])]
+PNG = stored(Image.new("RGB", (8, 8))).getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -481,14 +1918,13 @@ def pipeline(tmp_path_factory):
     cwd, printed = tmp_path_factory.mktemp("pipeline"), {}
     torch.manual_seed(0)
     folder(cwd / "faces", 24, 4)
-    for name in ("one", "other"):                               # strangers who look the same: thresholds of 1
+    for name in ("one", "other"):                           # strangers who look the same: thresholds of 1
         (cwd / "twins" / name).mkdir(parents=True)
         (cwd / "twins" / name / "0.png").write_bytes(PNG)
-    toys.write_bin(cwd / "faces/held.bin", people(20, 4)[0].view(20, 4, 3, 32, 32), 300, torch.Generator())
-    alone = "--data runs/virtual --virtual 0 --batch 8 --epochs 1 --out runs/fr-virtual".split()
-    for name, *arguments in (("fr_train.py", *FR), ("dit_train.py", *DIT), ("sample.py", *SAMPLE),
-                             ("fr_train.py", *alone), ("evaluate.py",)):
-        command = [sys.executable, HERE / name, *map(str, arguments)]
+    held_out = people(20, 4)[0].view(20, 4, 3, 32, 32)
+    toys.write_bin(cwd / "faces/held.bin", held_out, 300, torch.Generator())
+    for name, arguments in COMMANDS:
+        command = [sys.executable, HERE / name, *arguments]
         done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout
         printed[name] = done.stdout
@@ -496,7 +1932,8 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture
-def copied(pipeline, tmp_path):                                         # the pipeline's folder, to be changed
+def copied(pipeline, tmp_path):
+    """The pipeline's folder, to be changed."""
     return shutil.copytree(pipeline[0], tmp_path / "copied")
 
 
@@ -504,37 +1941,73 @@ def edit(folder, change=lambda tensors: None, **meta):
     """Changes tensors and metadata of a checkpoint, which its folder is named after."""
     tensors, before = model.load_model(folder, folder.name)
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"vigface": json.dumps(before | meta)})
+    metadata = {"vigface": json.dumps(before | meta)}
+    save_file(tensors, folder / "model.safetensors", metadata)
 
 
-def test_pipeline_leaves_what_the_readme_says(pipeline):
+def manifest(root):
+    """The rows of a set's manifest.csv."""
+    with open(root / "manifest.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def pictures_of(files):
+    """The names of the pictures of people in a set."""
+    return sorted(name for name in files if name.endswith(".jpg") and "/" in name)
+
+
+def test_the_sampled_set_is_what_the_readme_says(pipeline):
+    virtual = pipeline[0] / "runs/virtual"
+    files = contents(virtual)
+    assert {*files} >= {"grid.jpg", "landmarks.csv", "manifest.csv", "run.json"}
+    pictures = pictures_of(files)
+    people_drawn = {name.split("/")[0] for name in pictures}
+    assert len(people_drawn) == 5 and len(pictures) == 15
+    assert all(re.search(r"\d{6}/000[012].jpg$", name) for name in pictures)
+
+    accepted = [row for row in manifest(virtual) if row["verdict"] == "accepted"]
+    assert [row["file"] for row in accepted] == pictures
+    poses = [int(row["landmarks_from"]) for row in accepted]
+    assert len({*poses}) > 10                               # of any training faces
+    known = data.Faces([pipeline[0] / "faces"]).landmarks
+    drawn = data.Faces([virtual])
+    assert drawn.size == 32
+    assert same(drawn.landmarks, known[poses], 0.01 / 32)
+
+
+def test_what_stage_2_saves_is_about_nobody(pipeline):
     cwd, printed = pipeline
-    virtual, names = cwd / "runs/virtual", sorted(contents(cwd / "runs/virtual"))
-    pictures = [f"v{i:06d}/{j:04d}.jpg" for i in range(5) for j in range(3)]
-    assert {*names} >= {"grid.jpg", "landmarks.csv", "manifest.csv", "run.json"}
-    assert [name for name in names if "/" in name and name.endswith("jpg")] == pictures
-    tensors, meta = model.load_model(cwd / "runs/dit", "dit")           # nobody's embedding, thumbnail or name
-    assert [name for name in tensors if not name.startswith("dit.")] == ["poses.landmarks"] and not meta["names"]
-    rows = [row for row in csv.DictReader((virtual / "manifest.csv").open()) if row["verdict"] == "accepted"]
-    assert [row["file"] for row in rows] == pictures
-    poses, drawn = [int(row["landmarks_from"]) for row in rows], data.Faces([virtual])
-    assert drawn.size == 32 and len({*poses}) > 10              # of any training faces
-    assert torch.allclose(drawn.landmarks, data.Faces([cwd / "faces"]).landmarks[poses], atol=0.01 / 32)
-    assert (cwd / "runs/dit/preview-000003.jpg").is_file() and "own cosine real" in printed["dit_train.py"]
+    tensors, meta = model.load_model(cwd / "runs/dit", "dit")
+    others = [name for name in tensors if not name.startswith("dit.")]
+    assert others == ["poses.landmarks"] and not meta["names"]
+    assert (cwd / "runs/dit/preview-000003.jpg").is_file()
+    assert "own cosine real" in printed["dit_train.py"]
+
+
+def test_the_report_of_the_pipeline(pipeline):
+    cwd, printed = pipeline
     report = json.loads((cwd / "runs/report/report.json").read_text())
-    assert set(report["models"]) == {"runs/fr", "runs/fr-virtual"}
-    assert all(0 <= some["average"] == some["held"]["accuracy"] <= 1 for some in report["models"].values())
-    row = report["datasets"]["runs/virtual"]
-    assert set(row) >= {"consistency", "separability", "diversity"} and row["images"] == 15
-    assert row["leakage"]["verdict"] in ("clean", "leaks") and "images_over" in row["leakage"]
-    assert "closest.jpg" in {path.name for path in (cwd / "runs/report").rglob("*")}
+    assert {*report["models"]} == {"runs/fr", "runs/fr-virtual"}
+    for scores in report["models"].values():
+        assert 0 <= scores["average"] == scores["held"]["accuracy"] <= 1
     assert "CPLFW" in printed["evaluate.py"].split("bsent")[1]
+
+    row = report["datasets"]["runs/virtual"]
+    assert {*row} >= {"consistency", "separability", "diversity"}
+    assert row["images"] == 15 and row["identities"] == 5
+    leakage = row["leakage"]
+    over = max(leakage["images_over"], leakage["images_over_image"])
+    leaks = over > 0.01 * 15 or leakage["identities_over"] > 0.005 * 5 or leakage["copies"] > 1e-4 * 15
+    assert leakage["verdict"] == ("leaks" if leaks else "clean")
+    assert report["real"]["leakage"]["verdict"] == "baseline"
+    assert any(name.endswith("closest.jpg") for name in contents(cwd / "runs/report"))
 
 
 def test_a_stage_refuses_what_is_not_its_own_or_unfinished_before_it_writes(copied):
     def refused(message, *command):
         before = contents(copied)
-        assert message in here(*command, cwd=copied, code=2) and before == contents(copied)
+        assert message in here(*command, cwd=copied, code=2)
+        assert before == contents(copied)
     assert "already complete" in here("sample.py", *SAMPLE, cwd=copied)
     refused("virtual = 5, now 4", "sample.py", *SAMPLE, "--virtual", 4)
     refused("epochs = 10, now 3", "fr_train.py", *FR, "--epochs", 3)
@@ -553,20 +2026,22 @@ def test_landmarks_are_found_on_the_way_and_kept_beside_the_run(tmp_path, monkey
     before = contents(tmp_path / "bare")
     known = {image.numpy().tobytes(): face for image, face in zip(images, points)}
     known[images[0].numpy().tobytes()] = torch.full((5, 2), torch.nan)          # the detector finds no face
-    look = lambda _, crops: torch.stack([known[crop.numpy().tobytes()] for crop in crops])
+
+    def look(_, crops):
+        return torch.stack([known[crop.numpy().tobytes()] for crop in crops])
     monkeypatch.setattr(retinaface, "load_detector", lambda *_: None)
     monkeypatch.setattr(retinaface, "crop_landmarks", look)
-    learns = lambda path, dit, *_: [0.0, float(any(p.requires_grad for p in dit.parameters()))]
-    monkeypatch.setattr(dit_train, "preview", learns)                         # of the average, which does not
-    dit = ("dit_train.py", "--arch", "Ti/8", "--steps", 1, "--batch", 4)
-    printed = here(*dit, cwd=tmp_path)
-    assert "15 of 16" in printed and "virtual 0.000" in printed
-    monkeypatch.delattr(retinaface, "crop_landmarks")
-    (tmp_path / "runs/dit/state.pt").unlink()                                   # killed before it was written
+    monkeypatch.setattr(dit_train, "preview", lambda *_: torch.zeros(8, 8))
+    command = "dit_train.py --arch Ti/8 --steps 1 --batch 4".split()
+    assert "15 of 16" in here(*command, cwd=tmp_path)
+
+    monkeypatch.delattr(retinaface, "crop_landmarks")             # what was found is not looked for again
+    (tmp_path / "runs/dit/state.pt").unlink()               # as if killed before it was written
     written = model.digest(tmp_path / "runs/dit")
-    assert "15 of 16" in here(*dit, cwd=tmp_path) and written == model.digest(tmp_path / "runs/dit")
+    assert "15 of 16" in here(*command, cwd=tmp_path)
+    assert written == model.digest(tmp_path / "runs/dit")
     poses = model.load_model(tmp_path / "runs/dit", "dit")[0]["poses.landmarks"]
-    assert torch.allclose(poses[1:], points[1:]) and torch.allclose(poses[0], data.TEMPLATE)
+    assert same(poses[1:], points[1:]) and same(poses[0], data.TEMPLATE)
     assert before == contents(tmp_path / "bare")
 
 
@@ -574,89 +2049,130 @@ def test_one_planted_copy_in_a_hundred_images_is_caught(copied):
     """As it is, mirrored, with other colours, encoded anew: with the right person and file."""
     def audit(code):
         here("evaluate.py", "--datasets", "set", "--strict", "--out", "out", cwd=copied, code=code)
-        return list(csv.DictReader((copied / "out/leaks.csv").open()))
+        with open(copied / "out/leaks.csv") as file:
+            return list(csv.DictReader(file))
     torch.manual_seed(9)
     folder(copied / "set", 50, 2)
-    for row in audit(code=3):                           # a hundredth of strangers are over a line, or more:
-        (copied / row["file"]).unlink(missing_ok=True)  # without them the set is clean
+    for row in audit(code=3):                               # a hundredth of strangers are over a line:
+        (copied / row["file"]).unlink(missing_ok=True)      # without them the set is clean
     assert not audit(code=0)
+    assert '"verdict": "clean"' in (copied / "out/report.json").read_text()
+
     original = sorted((copied / "faces").glob("*/*.png"))[5]
     image = pil_to_tensor(data.open_image(original))
     encoded = pil_to_tensor(data.open_image(io.BytesIO(jpeg(image, quality=80))))
     for copy in (image, image.flip(2), image[[2, 0, 1]], encoded):
         to_pil_image(copy).save(copied / "set/person 0/copy.png")
         row, = [row for row in audit(code=3) if row["test"] == "copy"]
-        assert (row["file"], row["person"]) == ("set/person 0/copy.png", original.parent.name)
+        assert row["file"] == "set/person 0/copy.png"
+        assert row["person"] == original.parent.name
         assert copied / row["image"] == original
     assert '"verdict": "leaks"' in (copied / "out/report.json").read_text()
 
 
 def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pipeline, monkeypatch):
     monkeypatch.chdir(pipeline[0])
-    backbone, prototypes, _ = model.load_recogniser("runs/fr")
-    faces = data.Faces(["faces"])
-    real, W = evaluate.embed_faces(backbone, prototypes, faces), prototypes.to_draw()
-    thresholds, _ = evaluate.thresholds_of(real, evaluate.resemblance(real, real, real.labels))
-    people = model.person_moment(real.f, real.labels)
-    prototypes.settle(people)                                           # stage 1 did so before its last save
-    assert torch.allclose(W, prototypes.to_draw(), atol=1e-4)
-    images = torch.from_numpy(faces.images[[0, 5, 9]])
+    backbone, prototypes, fr = model.load_recogniser("runs/fr")
+    faces, W = data.Faces(["faces"]), prototypes.to_draw()
+    rows = data.rows_of(faces.people, fr["names"])
+    real, thresholds = sample.embed_real(backbone, prototypes, faces, rows)
+    naive = evaluate.embed_faces(backbone, prototypes, faces)
+    strangers = evaluate.resemblance(naive, naive, naive.labels)
+    assert thresholds == evaluate.thresholds_of(naive, strangers)[0]
+    prototypes.settle(model.person_moment(naive.f, naive.labels))
+    assert same(W, prototypes.to_draw(), 1e-4)              # stage 1 did so before its last save
+
+    chosen = [0, 5, 9]
+    images = images_of(faces)[chosen]
 
     def verdicts(rows):
         jobs = [sample.Job(row, "somebody", 0, 0, 0) for row in rows]
-        return sample.judge(backbone, prototypes, W, real, thresholds, jobs, images)
-    for verdict in verdicts([24] * 3):                                                  # as of a virtual person
-        assert verdict.verdict == "leak" and float(verdict.cos_nearest_image) > 0.999
-    for verdict in verdicts(faces.labels[[0, 5, 9]].tolist()):
+        return sample.judge(backbone, W, real, thresholds, jobs, images)
+    for verdict in verdicts([24, 24, 24]):                  # as of a virtual person
+        assert verdict.verdict == "leak"
+        assert float(verdict.cos_nearest_image) > 0.999
+    for verdict in verdicts(faces.labels[chosen].tolist()):
         assert float(verdict.cos_nearest_image) < 0.999
 
 
 def sampled(pipeline, where, *arguments, line=2.0, **options):
     """Runs sample.py in folder `where` with a threshold (2: no rule); what it left in where/set."""
     where.mkdir(exist_ok=True)
+    runs = pipeline[0] / "runs"
+    flags = ["--dit", runs / "dit", "--fr", runs / "fr", "--real", pipeline[0] / "faces", "--out", "set"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "thresholds_of", lambda *_: ({"centre": line, "image": line}, 1.0))
-        here("sample.py", *SAMPLE, *arguments, "--dit", pipeline[0] / "runs/dit", "--fr", pipeline[0] / "runs/fr",
-             "--real", pipeline[0] / "faces", "--out", "set", cwd=where, **options)
+        thresholds = {"centre": line, "image": line}
+        patch.setattr(sample, "thresholds_of", lambda *_: (thresholds, 1.0))
+        here("sample.py", *SAMPLE, *arguments, *flags, cwd=where, **options)
     return contents(where / "set")
 
 
 @pytest.fixture(scope="module")
 def rejecting(pipeline, tmp_path_factory):
-    """A set of which about half was rejected at first: (the threshold, its files, jobs of each batch)."""
-    files = sampled(pipeline, tmp_path_factory.mktemp("all"))
-    rows = csv.DictReader(files["manifest.csv"].decode().splitlines())
-    nearest = [max(row["cos_nearest_real"], row["cos_nearest_image"], key=float) for row in rows]
-    line = np.sort([float(cosine) for cosine in nearest])[6:8].mean()                   # between two of all
-    line, batches, draw = float(f"{line:.4f}5"), [], sample.draw                        # rows have 4 digits
+    """A set of which about half was rejected at first: (threshold, its folder, its files, what was drawn)."""
+    sampled(pipeline, tmp_path_factory.mktemp("all"))
+    everything = next(tmp_path_factory.getbasetemp().glob("all*")) / "set"
+    nearest = []
+    for row in manifest(everything):
+        nearest.append(max(float(row["cos_nearest_real"]), float(row["cos_nearest_image"])))
+    line = np.sort(nearest)[6:8].mean()                     # between two of all
+    line = float(f"{line:.4f}5")                            # rows have four digits
+    drawn, draw = [], sample.draw
 
     def spy(dit, W, poses, jobs, args):
-        batches.append(list(jobs))
-        return draw(dit, W, poses, jobs, args)
+        images = draw(dit, W, poses, jobs, args)
+        drawn.append((W, list(jobs), images))
+        return images
+    where = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "draw", spy)
-        return line, sampled(pipeline, tmp_path_factory.mktemp("whole"), line=line), batches
+        files = sampled(pipeline, where, line=line)
+    return line, where / "set", files, drawn
 
 
 def test_pictures_too_near_to_real_people_are_drawn_again_and_left_out_at_last(rejecting):
-    line, files, batches = rejecting
-    rows, tries = list(csv.DictReader(io.StringIO(files["manifest.csv"].decode()))), {}
+    line, root, files, drawn = rejecting
+    rows, attempts = manifest(root), {}
     for row in rows:
-        tries.setdefault((row["identity"], row["index"]), []).append((int(row["attempt"]), row["verdict"]))
         close = [float(row[column]) > line for column in ("cos_nearest_real", "cos_nearest_image")]
-        assert (row["verdict"] == "leak") == any(close)
-    assert len(tries) == 15 < len(rows) == sum(map(len, batches)) == len({(*r.values(),)[6:] for r in rows})
-    for attempts in tries.values():                             # each until one is accepted, five at most
-        assert attempts[:-1] == [(i, "leak") for i in range(len(attempts) - 1)]
-        assert attempts[-1] in ((len(attempts) - 1, "accepted"), (4, "leak"))
+        assert row["verdict"] == ("leak" if any(close) else "accepted")
+        picture = row["identity"], row["index"]
+        attempts.setdefault(picture, []).append((int(row["attempt"]), row["verdict"]))
+    assert len(attempts) == 15 < len(rows)
+    for tries in attempts.values():                         # until one is accepted, five at most
+        last = len(tries) - 1
+        assert tries[:-1] == [(i, "leak") for i in range(last)]
+        assert tries[-1] in ((last, "accepted"), (4, "leak"))
+    assert any(len(tries) > 1 for tries in attempts.values())
+
     accepted = [row["file"] for row in rows if row["verdict"] == "accepted"]
-    assert accepted == sorted(name for name in files if name.endswith("jpg") and "/" in name)
-    assert accepted == [line.split(",")[0] for line in files["landmarks.csv"].decode().splitlines()[1:]]
-    # One queue: they share batches with other people's first attempts, which are full until there are none.
-    attempts = [{job.attempt for job in jobs} for jobs in batches]
-    last = max(i for i, some in enumerate(attempts) if 0 in some)
-    assert {len(jobs) for jobs in batches[:last]} == {4} and any({0, 1} <= some for some in attempts)
-    assert len(batches) - last <= 2 * 4 + 1                             # four more attempts, a batch behind
+    assert accepted == pictures_of(files)
+    landmarks = files["landmarks.csv"].decode().splitlines()[1:]
+    assert accepted == [text.split(",")[0] for text in landmarks]
+
+
+def test_each_attempt_is_another_picture_of_a_settled_prototype_in_a_pose_of_its_own(pipeline, rejecting):
+    _, _, _, drawn = rejecting
+    _, prototypes, _ = model.load_recogniser(pipeline[0] / "runs/fr")
+    pictures, poses = {}, {}
+    for W, jobs, images in drawn:
+        assert torch.equal(W, prototypes.to_draw()) and len(jobs) <= 4
+        for job, image in zip(jobs, images):
+            assert job.row >= len(prototypes.real)
+            pictures[job[:4]] = image.numpy().tobytes()
+            poses.setdefault((job.row, job.index), set()).add(job.pose)
+    assert len({*pictures.values()}) == len(pictures) > 15
+    assert all(len(some) == 1 for some in poses.values())   # an attempt changes the noise, not the pose
+    assert len(set.union(*poses.values())) > 10
+
+
+def test_another_seed_draws_other_pictures_in_other_poses(pipeline, tmp_path):
+    before = sampled(pipeline, tmp_path / "0")
+    after = sampled(pipeline, tmp_path / "1", "--seed", 1)
+    assert before.keys() == after.keys()
+    assert all(before[name] != after[name] for name in pictures_of(before))
+    poses = [[row["landmarks_from"] for row in manifest(tmp_path / seed / "set")] for seed in "01"]
+    assert poses[0] != poses[1]
 
 
 KILLER = """import contextlib, itertools, json, os, runpy, signal, sys, data, evaluate, model
@@ -677,55 +2193,105 @@ for script, function, last, *arguments in json.loads(sys.argv[1]):
 
 def killed(*commands, cwd, **env):
     """Runs commands (script, function, count, arguments ...), each killed at its count-th call of it."""
-    commands = json.dumps([[str(HERE / name), function, count, *map(str, arguments)]
-                           for name, function, count, *arguments in commands])
-    done = subprocess.run([sys.executable, "-c", KILLER, commands], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(HERE)} | env)
-    assert {int(status) for status in done.stdout.split()} == {signal.SIGKILL}, done.stderr
+    texts = []
+    for name, function, count, *arguments in commands:
+        texts.append([str(HERE / name), function, count, *map(str, arguments)])
+    command = [sys.executable, "-c", KILLER, json.dumps(texts)]
+    env = os.environ | {"PYTHONPATH": str(HERE)} | env
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+    assert {*done.stdout.split()} == {str(int(signal.SIGKILL))}, done.stderr
 
 
-def test_killed_or_shared_sampling_gives_the_same_bytes(pipeline, rejecting, tmp_path, monkeypatch):
-    (line, whole, _), sizes = rejecting, set()                          # of the work: whether to compile
-    monkeypatch.setattr(sample, "compiled", lambda net, images: sizes.add(images) or net)
-    dit, fr = (pipeline[0] / "runs" / stage for stage in ("dit", "fr"))
-    killed(*(["sample.py", "replacing", moment, *SAMPLE, "--dit", dit, "--fr", fr, "--out", "set", "--real",
-              pipeline[0] / "faces"] for moment in (2, 4, 9, 3)), cwd=tmp_path, LINE=str(line))                         # files after each start
+def test_killed_sampling_continues_to_the_same_bytes(pipeline, rejecting, tmp_path):
+    line, _, whole, _ = rejecting
+    runs = pipeline[0] / "runs"
+    flags = ["--dit", runs / "dit", "--fr", runs / "fr", "--real", pipeline[0] / "faces", "--out", "set"]
+    moments = [2, 4, 9, 3]                                  # files after each start
+    commands = [["sample.py", "replacing", moment, *SAMPLE, *flags] for moment in moments]
+    killed(*commands, cwd=tmp_path, LINE=str(line))
     for name, content in contents(tmp_path / "set").items():
-        assert name.endswith(".tmp") or content == whole[name]                  # never half of a file
+        assert name.endswith(".tmp") or content == whole[name]          # never half of a file
     assert sampled(pipeline, tmp_path, line=line) == whole
-    first, both = (sampled(pipeline, tmp_path / "ranks", line=line, env={"WORLD_SIZE": "2"}, rank=rank)
-                   for rank in (1, 0))
-    assert "manifest.csv" not in first and first.items() < both.items() and both == whole and len(sizes) == 1
+
+
+def test_shared_sampling_gives_the_same_bytes(pipeline, rejecting, tmp_path, monkeypatch):
+    line, _, whole, _ = rejecting
+    sizes = set()                                           # of the work: whether to compile
+    monkeypatch.setattr(sample, "compiled", lambda net, seen: sizes.add(seen) or net)
+    options = dict(line=line, env={"WORLD_SIZE": "2"})
+    first = sampled(pipeline, tmp_path, rank=1, **options)
+    both = sampled(pipeline, tmp_path, rank=0, **options)
+    assert "manifest.csv" not in first and first.items() < both.items()
+    assert both == whole and len(sizes) == 1
 
 
 def test_real_people_are_filled_up(pipeline, tmp_path):
     sampled(pipeline, tmp_path, "--real-to", 6, "--batch", 16)
     united = data.Faces([pipeline[0] / "faces", tmp_path / "set"])
-    assert len(united.people) == 24 and united.labels.bincount().tolist() == [6] * 24
+    assert len(united.people) == 24
+    assert united.labels.bincount().tolist() == [6] * 24
 
 
 def test_killed_training_continues_to_the_same_bytes(pipeline, tmp_path):
     """SIGKILL between the second model and its state, then the same command: as if never killed."""
-    commands = {"fr": ("fr_train.py", *FR), "dit": ("dit_train.py", *DIT)}
-    killed(*([name, "save_state", 2, *arguments, "--out", tmp_path / stage]
-             for stage, (name, *arguments) in commands.items()), cwd=pipeline[0])
+    commands = {"fr": ["fr_train.py", *FR], "dit": ["dit_train.py", *DIT]}
+    kills = []
+    for stage, (name, *arguments) in commands.items():
+        kills.append([name, "save_state", 2, *arguments, "--out", tmp_path / stage])
+    killed(*kills, cwd=pipeline[0])
     for stage, command in commands.items():
         assert "continuing" in here(*command, "--out", tmp_path / stage, cwd=pipeline[0])
         assert model.digest(tmp_path / stage) == model.digest(pipeline[0] / "runs" / stage)
 
 
-def test_a_checkpoint_with_absurd_metadata_or_cut_short_is_refused(copied, capsys):
+ABSURD = [
+    {"config": {"size": 10 ** 12}},
+    {"config": {"size": 32, "width": 4096, "units": [9] * 4}},
+    {"config": {"size": 32, "units": [10 ** 9]}},
+    {"config": []},
+    {"names": ["../../outside"]},
+    {"names": [""]},
+    {"names": 3},
+    {"stage": None}]
+
+
+def test_a_checkpoint_with_absurd_metadata_is_refused(copied, capsys):
+    path = copied / "runs/fr/model.safetensors"
+    tensors, meta = model.load_model(path.parent, "fr")
+    for absurd in ABSURD:
+        save_file(tensors, path, {"vigface": json.dumps(meta | absurd)})
+        stops(capsys, model.load_recogniser, path.parent)
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused(copied, capsys):
     fr, state = copied / "runs/fr/model.safetensors", copied / "runs/fr/state.pt"
-    tensors, meta = model.load_model(fr.parent, "fr")
-    for absurd in ({"config": {"size": 10 ** 12}}, {"config": {"size": 32, "width": 4096, "units": [9] * 4}},
-                   {"config": []}, {"names": ["../../outside"]}, {"names": [""]},
-                   {"config": {"size": 32, "units": [10 ** 9]}}, {"names": 3}, {"stage": None}):
-        save_file(tensors, fr, {"vigface": json.dumps(meta | absurd)})
-        stops(capsys, model.load_recogniser, fr.parent)
-    for path, read, *given in ((fr, model.load_recogniser, fr.parent), (state, model.resume, state, {}, {})):
-        for tenth in (9, 5, 1, 0):
+    for tenth in (9, 5, 1, 0):
+        for path in (fr, state):
             os.truncate(path, path.stat().st_size * tenth // 10)
-            stops(capsys, read, *given)
+        stops(capsys, model.load_recogniser, fr.parent)
+        stops(capsys, model.resume, state.parent, {})
+
+
+def test_a_loss_that_is_not_finite_stops_a_run(capsys):
+    losses = torch.tensor([1.0, 2.5])
+    assert model.stop_unless_finite(losses, 7, "out") == [1.0, 2.5]
+    losses[1] = torch.inf
+    assert "step 7" in stops(capsys, model.stop_unless_finite, losses, 7, "out")
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+def write_records(root, images, labels):
+    """train.rec and train.idx as InsightFace has them: of each image its length, label and bytes."""
+    content, index = b"", ""
+    for key, (image, label) in enumerate(zip(images, labels)):
+        index += f"{key}\t{len(content)}\n"
+        body = struct.pack("<IfQQ", 0, label, key, 0) + image
+        padding = b"\0" * (-len(body) % 4)
+        content += struct.pack("<II", 0xced7230a, len(body)) + body + padding
+    root.mkdir(exist_ok=True)
+    (root / "train.rec").write_bytes(content)
+    (root / "train.idx").write_text(index)
 
 
 def damage(root, change, last=4):
@@ -734,47 +2300,83 @@ def damage(root, change, last=4):
         change(Image.open(path)).save(path)
 
 
-# What is in the folder `set`, as arguments of `folder` or a function; the command; what must be said.
-BAD_INPUT = {
-    "missing folder": (None, "fr_train.py --data nowhere", "nowhere: no such folder"),
-    "one identity": ((1, 4), "fr_train.py --data set", "2 or more"),
-    "batch of one": ((2, 2), "fr_train.py --data set --batch 1", "2 or more"),
-    "records cut short": (lambda root: [write_records(root, [PNG], [0]), os.truncate(root / "train.rec", 99)],
-                          "fr_train.py --data set", "train.idx: expected"),
-    "two record files": (lambda root: [write_records(root / name, [PNG] * 4, [0, 1, 0, 1]) for name in "ab"],
-                         "fr_train.py --data set/a set/b", "different people"),
-    "records and folders": (lambda root: [folder(root, 1, 1), write_records(root, [PNG], [0])],
-                            "fr_train.py --data set", "expected one"),
-    "crops not square": (lambda root: [folder(root, 2, 2), damage(root, lambda image: image.resize((24, 32)))],
-                         "fr_train.py --data set", "square"),
-    "crops of two sizes": (lambda root: [folder(root, 2, 2), damage(root, lambda image: image.resize((48, 48)), 1)],
-                           "fr_train.py --data set", "all of one size"),
-    "photographs": ((2, 2, 40), "fr_train.py --data set", "tools/align.py"),
-    "landmarks of nan": (lambda root: [folder(root, 2, 2), (root / "landmarks.csv").write_text("a,nan" + ",1" * 9)],
-                         "fr_train.py --data set", "not ten numbers"),
-    "two benchmarks of one name": (None, "evaluate.py --pairs faces/held.bin runs/held.bin", "of each name"),
-    "one real person": ((1, 4), "evaluate.py --fr runs/fr --real set", "two people or more"),
-    "two solver steps": (None, "sample.py --steps 2", "3 or more"),
-    "minus one epoch": ((2, 2), "fr_train.py --data set --epochs -1", "1 or more"),
-    "unfinished set": (lambda root: [folder(root, 2, 2), (root / "run.json").touch()],
-                       "fr_train.py --data set", "set: sample.py has not finished it"),
-    "no set to judge": (None, "evaluate.py --datasets --strict", "no set to judge"),
-    "no recogniser": (None, "dit_train.py --fr set", "set/model.safetensors"),
-    "wrong stage": (None, "dit_train.py --fr runs/dit", "runs/dit/model.safetensors"),
-    "people nobody knows": ((30, 1), "dit_train.py --data set", "have no prototype"),
-    "too many virtual people": (None, "sample.py --virtual 25", "expected 1 to 24"),
-    "folder of something else": ((1, 1), "sample.py --virtual 2 --out set", "something else")}
+def of_faces(*arguments):
+    """Fills the folder with toy faces."""
+    return lambda root: folder(root, *arguments)
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_clear_line_and_nothing_is_written(pipeline, tmp_path, case):
-    prepare, command, named = BAD_INPUT[case]
+def records_cut_short(root):
+    write_records(root, [PNG], [0])
+    os.truncate(root / "train.rec", 30)
+
+
+def two_record_files(root):
+    for name in "ab":
+        write_records(root / name, [PNG] * 4, [0, 1, 0, 1])
+
+
+def records_and_folders(root):
+    folder(root, 1, 1)
+    write_records(root, [PNG], [0])
+
+
+def crops_that_are_not_square(root):
+    folder(root, 2, 2)
+    damage(root, lambda image: image.resize((24, 32)))
+
+
+def crops_of_two_sizes(root):
+    folder(root, 2, 2)
+    damage(root, lambda image: image.resize((48, 48)), last=1)
+
+
+def landmarks_of_nan(root):
+    folder(root, 2, 2)
+    (root / "landmarks.csv").write_text("a,nan" + ",1" * 9)
+
+
+def unfinished_set(root):
+    folder(root, 2, 2)
+    (root / "run.json").touch()
+
+
+# The command, what must be said, and what fills the folder `set`.
+BAD_INPUT = [
+    ("fr_train.py --data nowhere", "nowhere: no such folder", None),
+    ("fr_train.py --data set", "2 or more", of_faces(1, 4)),
+    ("fr_train.py --data set --batch 1", "2 or more", of_faces(2, 2)),
+    ("fr_train.py --data set --epochs -1", "1 or more", of_faces(2, 2)),
+    ("fr_train.py --data set", "train.idx: expected", records_cut_short),
+    ("fr_train.py --data set/a set/b", "set/b", two_record_files),
+    ("fr_train.py --data set", "expected one", records_and_folders),
+    ("fr_train.py --data set", "square", crops_that_are_not_square),
+    ("fr_train.py --data set", "size", crops_of_two_sizes),
+    ("fr_train.py --data set", "align.py", of_faces(2, 2, 40)),
+    ("fr_train.py --data set", "not ten numbers", landmarks_of_nan),
+    ("fr_train.py --data set", "set: sample.py has not finished it", unfinished_set),
+    ("dit_train.py --fr set", "set/model.safetensors", None),
+    ("dit_train.py --fr runs/dit", "runs/dit/model.safetensors", None),
+    ("dit_train.py --data set", "have no prototype", of_faces(30, 1)),
+    ("sample.py --steps 2", "3 or more", None),
+    ("sample.py --virtual 25", "expected 1 to 24", None),
+    ("sample.py --virtual 2 --out set", "something else", of_faces(1, 1)),
+    ("evaluate.py --pairs faces/held.bin runs/held.bin", "of each name", None),
+    ("evaluate.py --fr runs/fr --real set", "two people or more", of_faces(1, 4)),
+    ("evaluate.py --datasets --strict", "no set to judge", None)]
+
+
+@pytest.mark.parametrize("command, said, prepare", BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_nothing_is_written(pipeline, tmp_path, command, said, prepare):
     (tmp_path / "set").mkdir()
     for name in ("faces", "runs"):
         (tmp_path / name).symlink_to(pipeline[0] / name)
     if prepare:
-        prepare(tmp_path / "set") if callable(prepare) else folder(tmp_path / "set", *prepare)
-    before = sorted(tmp_path.rglob("*"))
+        prepare(tmp_path / "set")
+
+    def everything():                                       # folders as well, and behind the links
+        return sorted(os.walk(tmp_path, followlinks=True)), contents(tmp_path)
+    before = everything()
     name, *arguments = command.split()
     printed = here(name, "--out", "out", *arguments, cwd=tmp_path, code=2)
-    assert named in printed and printed.count("error:") == 1 and before == sorted(tmp_path.rglob("*"))
+    assert said in printed and printed.count("error:") == 1
+    assert everything() == before
