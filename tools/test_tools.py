@@ -483,7 +483,7 @@ def test_missing_landmarks_are_found_once_and_kept(bare, tmp_path, capsys):
 
 
 def test_landmarks_are_found_again_for_other_files(bare, tmp_path, capsys):
-    """What was kept belongs to the very files that lacked landmarks; a damaged file is told."""
+    """What was kept belongs to the very files that lacked landmarks; a damaged file is reported."""
     calls, _ = bare
     retinaface.complete_landmarks(data.Faces([tmp_path / "faces"]), tmp_path / "run", None)
     shutil.copy(tmp_path / "faces/person 2/1.png", tmp_path / "faces/person 2/2.png")
@@ -491,6 +491,9 @@ def test_landmarks_are_found_again_for_other_files(bare, tmp_path, capsys):
     retinaface.complete_landmarks(faces, tmp_path / "run", None)
     assert calls == [4, 5]
     assert torch.equal(faces.landmarks[6], faces.landmarks[5])
+    (tmp_path / "faces/landmarks.csv").unlink()                         # the same files, of which more lack them
+    retinaface.complete_landmarks(data.Faces([tmp_path / "faces"]), tmp_path / "run", None)
+    assert calls == [4, 5, 7]
 
     (tmp_path / "run/landmarks.pt").write_bytes(b"damaged")
     again = data.Faces([tmp_path / "faces"])
@@ -510,7 +513,7 @@ def write_detector(path):
     return net.eval()
 
 
-def test_the_detector_s_weights_are_read_where_they_are_named(tmp_path, monkeypatch):
+def test_the_detector_s_weights_are_read_where_they_are_named(tmp_path, monkeypatch, capsys):
     """They are frozen and ready to use, and nothing is fetched."""
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     net = write_detector(tmp_path / "w.pth")
@@ -521,6 +524,8 @@ def test_the_detector_s_weights_are_read_where_they_are_named(tmp_path, monkeypa
             assert torch.allclose(ours, theirs, atol=1e-4)
     assert not detector.training
     assert not any(parameter.requires_grad for parameter in detector.parameters())
+    line = stops(capsys, retinaface.load_detector, tmp_path / "nowhere.pth", tmp_path / "run")
+    assert "nowhere.pth: no such file" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -614,7 +619,7 @@ def test_published_embeddings_are_unit_vectors_that_ignore_mirroring(small):
 def test_a_checkpoint_may_be_double_old_or_of_safetensors(tmp_path, small):
     """Whatever the format, type and wrappers, the same tensors arrive in fp32; whole numbers stay whole."""
     torch.save({name: tensor.double() for name, tensor in prefixed("net.", small).items()}, tmp_path / "a.pt")
-    torch.save(prefixed("module.", small), tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    torch.save(prefixed("module.backbone.", small), tmp_path / "b.pth", _use_new_zipfile_serialization=False)
     save_file(prefixed("model.net.", small), tmp_path / "c.safetensors")
     counts = {"net.body.0.count": torch.tensor(3), "step": 7}
     torch.save(prefixed("", small) | counts, tmp_path / "d.ckpt")
@@ -632,6 +637,8 @@ def test_a_checkpoint_may_be_double_old_or_of_safetensors(tmp_path, small):
 @pytest.mark.parametrize("content, said", [
     ({"model.extra": torch.zeros(1)}, "expected the layout of AdaFace, CVLface or TFace"),
     ({"layer1.0.bn1.weight": torch.zeros(1)}, "found backbone.layer1.0.bn1.weight"),
+    ({"input_layer.0.weight": torch.zeros(1)}, "expected the layout of AdaFace"),
+    ({"body.0.res_layer.4.weight": torch.zeros(1)}, "expected the layout of AdaFace"),
     (Path("of a class that weights never are"), "expected published weights")])
 def test_what_is_no_published_recogniser_is_one_clear_line(tmp_path, capsys, content, said):
     """Other layouts, InsightFace's own among them, and files that hold no weights."""
