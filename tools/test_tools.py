@@ -491,7 +491,7 @@ def test_landmarks_are_found_again_for_other_files(bare, tmp_path, capsys):
     retinaface.complete_landmarks(faces, tmp_path / "run", None)
     assert calls == [4, 5]
     assert torch.equal(faces.landmarks[6], faces.landmarks[5])
-    (tmp_path / "faces/landmarks.csv").unlink()                         # the same files, of which more lack them
+    (tmp_path / "faces/landmarks.csv").unlink()                 # the same files, of which more lack them
     retinaface.complete_landmarks(data.Faces([tmp_path / "faces"]), tmp_path / "run", None)
     assert calls == [4, 5, 7]
 
@@ -701,6 +701,16 @@ def test_crops_put_the_landmarks_where_they_say(zoom, angle):
         found_x, found_y = light.sum(0) @ middles / light.sum(), light.sum(1) @ middles / light.sum()
         assert np.hypot(found_x - x, found_y - y) < 0.5
     assert (landmarks - 112 * data.TEMPLATE).norm(dim=1).max() < 4
+
+
+def test_large_photographs_are_averaged_down():
+    """Stripes finer than a pixel of the crop become grey, as a camera would see them."""
+    stripes = np.zeros((1400, 1400), np.uint8)
+    stripes[:, ::2] = 255
+    photo = Image.fromarray(stripes).convert("RGB")
+    crop, _ = align.crop_face(photo, 1120 * data.TEMPLATE + 140, 112)
+    grey = np.asarray(crop, float)
+    assert 120 < grey.mean() < 135 and grey.std() < 10
 
 
 def test_the_largest_face_counts_by_size_and_score(monkeypatch):
