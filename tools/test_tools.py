@@ -715,9 +715,10 @@ def test_large_photographs_are_averaged_down():
 
 def test_the_largest_face_counts_by_size_and_score(monkeypatch):
     """Found at 640 pixels at most, given in pixels of the photograph; faces under 40 pixels do not count."""
-    boxes = torch.tensor([[0., 0, 200, 200], [300, 0, 450, 150], [500, 0, 515, 600], [0, 300, 19, 319]])
+    large, surest, best, thin = [0, 0, 200, 200], [0, 0, 100, 100], [300, 0, 450, 150], [500, 0, 515, 9000]
+    boxes = torch.tensor([large, best, surest, thin], dtype=torch.float)
+    scores = torch.tensor([0.5, 0.95, 1.0, 1.0])                # times area: 20,000; 21,375; 10,000; too thin
     landmarks = torch.arange(4.).view(4, 1, 1).expand(4, 5, 2)
-    scores = torch.tensor([0.5, 0.95, 1.0, 1.0])                        # times area: 20,000 and 21,375
     seen = []
 
     def detect(detector, images):
@@ -729,7 +730,8 @@ def test_the_largest_face_counts_by_size_and_score(monkeypatch):
     assert torch.equal(found, 2 * landmarks[1])
     align.largest_face(None, Image.new("RGB", (300, 200)))
     assert seen[1] == (1, 3, 200, 300)                                  # never enlarged
-    boxes[:3] = boxes[3]
+    boxes[:] = torch.tensor([0, 0, 30, 30])
+    align.largest_face(None, Image.new("RGB", (1280, 960)))             # of 60 pixels in the photograph
     with pytest.raises(ValueError, match="no face of 40 pixels"):
         align.largest_face(None, Image.new("RGB", (640, 640)))
 
@@ -811,6 +813,9 @@ def test_photographs_become_aligned_crops(photos, tmp_path):
     assert 150 < crops["two.png.jpg"][1, :, :50].mean() < 180           # the larger one: 300 // 4 + 90
     landmarks = data.Faces([out]).landmarks
     assert torch.allclose(landmarks, data.TEMPLATE.expand(3, 5, 2), atol=1e-3)
+    two = data.open_image(photos / "ann/two.png")
+    exact, _ = align.crop_face(two, 40 + 300 * data.TEMPLATE, 112)
+    assert (pil_to_tensor(exact) - crops["two.png.jpg"]).abs().mean() < 1           # little is lost as a JPEG
 
 
 def test_every_file_that_is_not_cut_has_a_row_with_the_reason(photos, tmp_path):
@@ -852,9 +857,13 @@ def test_crops_that_are_there_are_not_cut_again(photos, tmp_path, monkeypatch):
     (out / "ann/1.png.jpg").unlink()
     align.align(photos, out, None)
     assert opened == ["1.png"] and before == contents(out)
+    table = (out / "landmarks.csv").read_text().splitlines()
+    (out / "landmarks.csv").write_text("\n".join([*table[:2], "ann/2.jpg,1"]))      # cut short
+    align.align(photos, out, None)
+    assert opened == ["1.png", "2.jpg"] and before == contents(out)
     (out / "landmarks.csv").unlink()
     align.align(photos, out, None)
-    assert sorted(opened) == ["1.png", "1.png", "2.jpg"] and before == contents(out)
+    assert sorted(opened) == ["1.png", "1.png", "2.jpg", "2.jpg"] and before == contents(out)
 
 
 def test_photographs_that_came_later_are_added(photos, tmp_path):
@@ -870,6 +879,9 @@ def test_photographs_that_came_later_are_added(photos, tmp_path):
     assert list(data.Faces([tmp_path / "out"]).people) == ["ann", "bob"]
     assert data.Faces([tmp_path / "out"]).landmarks.isfinite().all()
     assert list(rejected(tmp_path / "out")) == ["ann/none.png", "bob/none.png"]
+    photo(photos / "bob/none.png", (40, 40, 300))                       # a better one took its place
+    assert align.align(photos, tmp_path / "out", None) == (3, 0)
+    assert list(rejected(tmp_path / "out")) == ["ann/none.png"]
 
 
 def test_photographs_of_one_name_do_not_overwrite_each_other(photos, tmp_path):
