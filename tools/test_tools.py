@@ -704,13 +704,12 @@ def test_crops_put_the_landmarks_where_they_say(zoom, angle):
 
 
 def test_large_photographs_are_averaged_down():
-    """Stripes finer than a pixel of the crop become grey, as a camera would see them."""
-    stripes = np.zeros((1400, 1400), np.uint8)
-    stripes[:, ::2] = 255
-    photo = Image.fromarray(stripes).convert("RGB")
-    crop, _ = align.crop_face(photo, 1120 * data.TEMPLATE + 140, 112)
+    """Black and white specks, finer than a pixel of the crop, become grey, as a camera would see them."""
+    specks = 255 * np.random.default_rng(0).integers(2, size=(1400, 1400))
+    image = Image.fromarray(np.uint8(specks)).convert("RGB")
+    crop, _ = align.crop_face(image, 1120 * data.TEMPLATE + 140, 112)
     grey = np.asarray(crop, float)
-    assert 120 < grey.mean() < 135 and grey.std() < 10
+    assert 120 < grey.mean() < 135 and grey.std() < 20
 
 
 def test_the_largest_face_counts_by_size_and_score(monkeypatch):
