@@ -483,7 +483,7 @@ def test_missing_landmarks_are_found_once_and_kept(bare, tmp_path, capsys):
 
 
 def test_landmarks_are_found_again_for_other_files(bare, tmp_path, capsys):
-    """What was kept belongs to the very files that lacked landmarks; a damaged file is told."""
+    """What was kept belongs to the very files that lacked landmarks; a damaged file is reported."""
     calls, _ = bare
     retinaface.complete_landmarks(data.Faces([tmp_path / "faces"]), tmp_path / "run", None)
     shutil.copy(tmp_path / "faces/person 2/1.png", tmp_path / "faces/person 2/2.png")
@@ -491,6 +491,9 @@ def test_landmarks_are_found_again_for_other_files(bare, tmp_path, capsys):
     retinaface.complete_landmarks(faces, tmp_path / "run", None)
     assert calls == [4, 5]
     assert torch.equal(faces.landmarks[6], faces.landmarks[5])
+    (tmp_path / "faces/landmarks.csv").unlink()                 # the same files, of which more lack them
+    retinaface.complete_landmarks(data.Faces([tmp_path / "faces"]), tmp_path / "run", None)
+    assert calls == [4, 5, 7]
 
     (tmp_path / "run/landmarks.pt").write_bytes(b"damaged")
     again = data.Faces([tmp_path / "faces"])
@@ -510,7 +513,7 @@ def write_detector(path):
     return net.eval()
 
 
-def test_the_detector_s_weights_are_read_where_they_are_named(tmp_path, monkeypatch):
+def test_the_detector_s_weights_are_read_where_they_are_named(tmp_path, monkeypatch, capsys):
     """They are frozen and ready to use, and nothing is fetched."""
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     net = write_detector(tmp_path / "w.pth")
@@ -521,6 +524,8 @@ def test_the_detector_s_weights_are_read_where_they_are_named(tmp_path, monkeypa
             assert torch.allclose(ours, theirs, atol=1e-4)
     assert not detector.training
     assert not any(parameter.requires_grad for parameter in detector.parameters())
+    line = stops(capsys, retinaface.load_detector, tmp_path / "nowhere.pth", tmp_path / "run")
+    assert "nowhere.pth: no such file" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -614,7 +619,7 @@ def test_published_embeddings_are_unit_vectors_that_ignore_mirroring(small):
 def test_a_checkpoint_may_be_double_old_or_of_safetensors(tmp_path, small):
     """Whatever the format, type and wrappers, the same tensors arrive in fp32; whole numbers stay whole."""
     torch.save({name: tensor.double() for name, tensor in prefixed("net.", small).items()}, tmp_path / "a.pt")
-    torch.save(prefixed("module.", small), tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    torch.save(prefixed("module.backbone.", small), tmp_path / "b.pth", _use_new_zipfile_serialization=False)
     save_file(prefixed("model.net.", small), tmp_path / "c.safetensors")
     counts = {"net.body.0.count": torch.tensor(3), "step": 7}
     torch.save(prefixed("", small) | counts, tmp_path / "d.ckpt")
@@ -632,6 +637,8 @@ def test_a_checkpoint_may_be_double_old_or_of_safetensors(tmp_path, small):
 @pytest.mark.parametrize("content, said", [
     ({"model.extra": torch.zeros(1)}, "expected the layout of AdaFace, CVLface or TFace"),
     ({"layer1.0.bn1.weight": torch.zeros(1)}, "found backbone.layer1.0.bn1.weight"),
+    ({"input_layer.0.weight": torch.zeros(1)}, "expected the layout of AdaFace"),
+    ({"body.0.res_layer.4.weight": torch.zeros(1)}, "expected the layout of AdaFace"),
     (Path("of a class that weights never are"), "expected published weights")])
 def test_what_is_no_published_recogniser_is_one_clear_line(tmp_path, capsys, content, said):
     """Other layouts, InsightFace's own among them, and files that hold no weights."""
@@ -696,11 +703,21 @@ def test_crops_put_the_landmarks_where_they_say(zoom, angle):
     assert (landmarks - 112 * data.TEMPLATE).norm(dim=1).max() < 4
 
 
+def test_large_photographs_are_averaged_down():
+    """Black and white specks, finer than a pixel of the crop, become grey, as a camera would see them."""
+    specks = 255 * np.random.default_rng(0).integers(2, size=(1400, 1400))
+    image = Image.fromarray(np.uint8(specks)).convert("RGB")
+    crop, _ = align.crop_face(image, 1120 * data.TEMPLATE + 140, 112)
+    grey = np.asarray(crop, float)
+    assert 120 < grey.mean() < 135 and grey.std() < 20
+
+
 def test_the_largest_face_counts_by_size_and_score(monkeypatch):
     """Found at 640 pixels at most, given in pixels of the photograph; faces under 40 pixels do not count."""
-    boxes = torch.tensor([[0., 0, 200, 200], [300, 0, 450, 150], [500, 0, 515, 600], [0, 300, 19, 319]])
+    large, surest, best, thin = [0, 0, 200, 200], [0, 0, 100, 100], [300, 0, 450, 150], [500, 0, 515, 9000]
+    boxes = torch.tensor([large, best, surest, thin], dtype=torch.float)
+    scores = torch.tensor([0.5, 0.95, 1.0, 1.0])                # times area: 20,000; 21,375; 10,000; too thin
     landmarks = torch.arange(4.).view(4, 1, 1).expand(4, 5, 2)
-    scores = torch.tensor([0.5, 0.95, 1.0, 1.0])                        # times area: 20,000 and 21,375
     seen = []
 
     def detect(detector, images):
@@ -712,7 +729,8 @@ def test_the_largest_face_counts_by_size_and_score(monkeypatch):
     assert torch.equal(found, 2 * landmarks[1])
     align.largest_face(None, Image.new("RGB", (300, 200)))
     assert seen[1] == (1, 3, 200, 300)                                  # never enlarged
-    boxes[:3] = boxes[3]
+    boxes[:] = torch.tensor([0, 0, 30, 30])
+    align.largest_face(None, Image.new("RGB", (1280, 960)))             # of 60 pixels in the photograph
     with pytest.raises(ValueError, match="no face of 40 pixels"):
         align.largest_face(None, Image.new("RGB", (640, 640)))
 
@@ -794,6 +812,9 @@ def test_photographs_become_aligned_crops(photos, tmp_path):
     assert 150 < crops["two.png.jpg"][1, :, :50].mean() < 180           # the larger one: 300 // 4 + 90
     landmarks = data.Faces([out]).landmarks
     assert torch.allclose(landmarks, data.TEMPLATE.expand(3, 5, 2), atol=1e-3)
+    two = data.open_image(photos / "ann/two.png")
+    exact, _ = align.crop_face(two, 40 + 300 * data.TEMPLATE, 112)
+    assert (pil_to_tensor(exact) - crops["two.png.jpg"]).abs().mean() < 1           # little is lost as a JPEG
 
 
 def test_every_file_that_is_not_cut_has_a_row_with_the_reason(photos, tmp_path):
@@ -835,9 +856,13 @@ def test_crops_that_are_there_are_not_cut_again(photos, tmp_path, monkeypatch):
     (out / "ann/1.png.jpg").unlink()
     align.align(photos, out, None)
     assert opened == ["1.png"] and before == contents(out)
+    table = (out / "landmarks.csv").read_text().splitlines()
+    (out / "landmarks.csv").write_text("\n".join([*table[:2], "ann/2.jpg,1"]))      # cut short
+    align.align(photos, out, None)
+    assert opened == ["1.png", "2.jpg"] and before == contents(out)
     (out / "landmarks.csv").unlink()
     align.align(photos, out, None)
-    assert sorted(opened) == ["1.png", "1.png", "2.jpg"] and before == contents(out)
+    assert sorted(opened) == ["1.png", "1.png", "2.jpg", "2.jpg"] and before == contents(out)
 
 
 def test_photographs_that_came_later_are_added(photos, tmp_path):
@@ -853,6 +878,9 @@ def test_photographs_that_came_later_are_added(photos, tmp_path):
     assert list(data.Faces([tmp_path / "out"]).people) == ["ann", "bob"]
     assert data.Faces([tmp_path / "out"]).landmarks.isfinite().all()
     assert list(rejected(tmp_path / "out")) == ["ann/none.png", "bob/none.png"]
+    photo(photos / "bob/none.png", (40, 40, 300))                       # a better one took its place
+    assert align.align(photos, tmp_path / "out", None) == (3, 0)
+    assert list(rejected(tmp_path / "out")) == ["ann/none.png"]
 
 
 def test_photographs_of_one_name_do_not_overwrite_each_other(photos, tmp_path):
