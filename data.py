@@ -153,7 +153,8 @@ class Faces(Dataset):
 
             # The first image that can be read tells the size of all.
             self.paths, self.offsets = paths, offsets
-            side = self.readable(len(paths) - len(names))[0].width
+            with reading(root, "images"):
+                side = self.readable(len(paths) - len(names))[0].width
             sides += [side] * len(names)
             landmarks.append(read_landmarks(root, names, side))
 

@@ -19,9 +19,11 @@ manifest.csv (a row for each picture drawn, with its verdict), landmarks.csv, gr
 continues a killed run; the set comes out the same.
 """
 import argparse
+import contextlib
 import hashlib
 import itertools
 import os
+import shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -168,7 +170,8 @@ def attempts_after(verdict):
 def verdicts_of(out):
     """Yields the verdicts on all pictures that have been drawn for the set `out`, in no order."""
     for path in (out / ".verdicts").glob("*.csv"):
-        yield from map(Verdict._make, read_csv(path)[1:])
+        with contextlib.suppress(FileNotFoundError):            # another rank completed the set just now
+            yield from map(Verdict._make, read_csv(path)[1:])
 
 
 def attempts_made(out, people):
@@ -188,11 +191,13 @@ def attempts_made(out, people):
 
 
 def finish(out, total, poses, size):
-    """Writes landmarks.csv, grid.jpg and manifest.csv, which says that the set is complete; says how it went.
-    """
+    """Writes landmarks.csv, grid.jpg and manifest.csv, if all pictures are settled; says how it went."""
     # Texts, because millions of tuples would not fit in memory. No file's name holds a zero byte.
-    drawn = sorted("\0".join(verdict) for verdict in verdicts_of(out))
+    drawn = sorted({"\0".join(verdict) for verdict in verdicts_of(out)})
     verdicts = lambda: (Verdict(*text.split("\0")) for text in drawn)
+    if sum(attempts_after(verdict) == ATTEMPTS for verdict in verdicts()) < total:
+        return print(f"{out}: this rank is done, the last one completes the set; if all have ended, run it again")
+
     accepted = lambda: (verdict for verdict in verdicts() if verdict.verdict == "accepted")
     cosines = np.array([float(verdict.cos_own) for verdict in accepted()])
     if not len(cosines):
@@ -200,7 +205,8 @@ def finish(out, total, poses, size):
     write_landmarks(out / "landmarks.csv",
                     ((verdict.file, size * poses[int(verdict.landmarks_from)]) for verdict in accepted()))
     draw_grid(out, accepted())
-    write_csv(out / "manifest.csv", Verdict._fields, verdicts())
+    write_csv(out / "manifest.csv", Verdict._fields, verdicts())        # says that the set is complete
+    shutil.rmtree(out / ".verdicts", ignore_errors=True)
 
     loud = "WARNING: over half was rejected; " if len(drawn) > 2 * len(cosines) else ""
     print(f"{loud}{out}: {len(cosines)} images; {len(drawn) - len(cosines)} too near a real person, "
@@ -264,11 +270,7 @@ def main():
                 progress.update(int((made.flat[some] == ATTEMPTS).sum()))
         writing.result()
 
-    everybody = {names[row]: count for row, count in wanted.items()}
-    if (attempts_made(out, everybody) == ATTEMPTS).all():
-        finish(out, sum(wanted.values()), poses, dit.size)      # several ranks may come here and write the same
-    else:
-        print(f"{out}: this rank is done, the last one completes the set; if all have ended, run it again")
+    finish(out, sum(wanted.values()), poses, dit.size)          # several ranks may write the same
 
 
 if __name__ == "__main__":

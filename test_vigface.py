@@ -3,6 +3,10 @@
 First the method, restated naively: what each function must give, in loops that follow the paper. Then faces
 and their batches. Then the scripts, as users run them.
 """
+import os
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before PyTorch looks for a GPU
+os.environ["OMP_NUM_THREADS"] = "1"                     # networks are so small that threads would only wait
+
 import contextlib
 import csv
 import importlib
@@ -10,7 +14,6 @@ import io
 import itertools
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -31,7 +34,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before the scripts look for a GPU
 import data
 import dit_train
 import evaluate
@@ -46,7 +48,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
+    """Each test starts from one seed, on one thread, as the scripts that it starts."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 # =============================================================================== the method, restated naively
@@ -502,19 +506,21 @@ def same_gradients(loss, expected, parameters):
     return all(same(*pair, 1e-3) for pair in zip(one, other))
 
 
+@pytest.mark.parametrize("paper", [False, True])
 @pytest.mark.parametrize("head", model.MARGINS)
 @pytest.mark.parametrize("ramp", [0.0, 0.3, 1.0])
-def test_vigface_s_losses_and_their_gradients(monkeypatch, head, ramp):
+def test_vigface_s_losses_and_their_gradients(monkeypatch, head, ramp, paper):
     """The loss of real embeddings, over all prototypes; the loss of virtual ones, which trains the virtual
-    prototypes alone; both divided by the size of the real batch.
+    prototypes alone. Both are divided by the size of the real batch, in the paper by that of both batches.
     """
     n, k, scale, around, drawn = 5, 4, 8.0, model.around, []
 
-    def spy(w, noise, sigma2):
+    def spy(w, noise, sigma2, plain):
+        assert plain == paper
         drawn.append((w.detach(), noise, sigma2.clone()))
-        return around(w, noise, sigma2)
+        return around(w, noise, sigma2, plain)
     monkeypatch.setattr(model, "around", spy)
-    prototypes, statistics = randomise(Prototypes(n, k, 8)), NaiveStatistics(8)
+    prototypes, statistics = randomise(Prototypes(n, k, 8, paper)), NaiveStatistics(8)
 
     for batch in (6, 7):                                    # two, because averages move
         labels = torch.arange(batch) % n
@@ -530,7 +536,7 @@ def test_vigface_s_losses_and_their_gradients(monkeypatch, head, ramp):
             quality = statistics.update(f, direction, W[labels])
         real = 0
         for one, label, q in zip(direction, labels, quality):
-            real = real + naive_margin_loss(head, one, W, label, q, ramp, scale) / batch
+            real = real + naive_margin_loss(head, one, W, label, q, ramp, scale)
 
         # Virtual embeddings are of prototypes chosen by chance. Real prototypes do not feel them.
         w, noise, sigma2 = drawn.pop()
@@ -540,11 +546,15 @@ def test_vigface_s_losses_and_their_gradients(monkeypatch, head, ramp):
         assert same(sigma2, statistics.sigma2)
         assert same(prototypes.sigma2, statistics.sigma2)
         f_virtual = naive_around(W[chosen], noise, sigma2)
+        if paper:
+            f_virtual = unit(W[chosen] + sigma2.sqrt() * noise)
         fixed = torch.cat([W[:n].detach(), W[n:]])
         virtual = 0
         for one, label in zip(f_virtual, chosen):
-            virtual = virtual + naive_margin_loss(head, one, fixed, label, 0.0, ramp, scale) / batch
+            virtual = virtual + naive_margin_loss(head, one, fixed, label, 0.0, ramp, scale)
 
+        count = batch + 40 if paper else batch
+        real, virtual = real / count, virtual / count
         assert same(found[0], real, 1e-4) and same(found[1], virtual, 1e-4)
         trained = [f, prototypes.real, prototypes.virtual]
         assert same_gradients(found[0], real, trained)
@@ -802,12 +812,16 @@ class Blurred(nn.Module):
         return x_t * self.gain
 
 
-def test_stage_2_s_losses_against_their_definitions():
-    """MSE of v; and the squared distance of the drawn face's embedding to the picture's own, times a^2."""
+@pytest.mark.parametrize("paper", [False, True])
+def test_stage_2_s_losses_against_their_definitions(paper):
+    """MSE of v; and the squared distance of the drawn face's embedding to the picture's own, times a^2.
+
+    In the paper, it is the distance to the prototype.
+    """
     dit, backbone = Blurred(), Linear()
     x = torch.rand(3000, 3, 4, 4) * 2 - 1
     w, landmarks = units(3000, 6), torch.rand(3000, 5, 2)
-    v_loss, identity_loss = model.dit_loss(dit, backbone, x, w, landmarks)
+    v_loss, identity_loss = model.dit_loss(dit, backbone, x, w, landmarks, paper=paper)
     x_t, t, asked, pose = dit.given
     assert torch.equal(pose, landmarks)
 
@@ -830,7 +844,8 @@ def test_stage_2_s_losses_against_their_definitions():
     assert same(v_loss, naive) and same_gradients(v_loss, naive, [dit.gain])
     x_hat = a * x_t - s * v_hat
     drawn, own = unit(backbone(x_hat)), unit(backbone(x)).detach()
-    distance = (drawn - own).square().sum(1)
+    wanted = w if paper else own
+    distance = (drawn - wanted).square().sum(1)
     naive = (a.flatten() ** 2 * distance).mean()
     assert same(identity_loss, naive)
     trained = [dit.gain, *backbone.parameters()]
@@ -2020,6 +2035,27 @@ def test_a_stage_refuses_what_is_not_its_own_or_unfinished_before_it_writes(copi
     refused("step 108 of 120", "dit_train.py", *DIT, "--out", "new")
 
 
+def test_one_word_switches_to_the_published_method(copied, monkeypatch):
+    """--paper: free virtual prototypes, which are drawn as trained; the paper's identity loss; guidance 4."""
+    here("fr_train.py", *FR, "--paper", "--out", "runs/paper", cwd=copied)
+    _, prototypes, meta = model.load_recogniser(copied / "runs/paper")
+    assert meta["prototypes"]["paper"]
+    assert same(prototypes.to_draw()[24:], unit(prototypes.virtual))
+
+    losses, dit_loss, asked, guided = [], model.dit_loss, [], model.guided
+    spy = lambda *given, paper: losses.append(paper) or dit_loss(*given, paper=paper)
+    monkeypatch.setattr(dit_train, "dit_loss", spy)
+    for flags in ([], ["--paper"]):
+        here("dit_train.py", *DIT, *flags, "--out", f"runs/new{len(flags)}", cwd=copied)
+    assert losses == [False] * 3 + [True] * 3
+
+    spy = lambda dit, w, landmarks, guidance: asked.append(guidance) or guided(dit, w, landmarks, guidance)
+    monkeypatch.setattr(sample, "guided", spy)
+    for i, flags in enumerate(([], ["--paper"], ["--paper", "--guidance", "2"])):
+        here("sample.py", *SAMPLE, *flags, "--out", f"set{i}", cwd=copied)
+    assert [guidance for guidance, _ in itertools.groupby(asked)] == [1, 4, 2]
+
+
 def test_landmarks_are_found_on_the_way_and_kept_beside_the_run(tmp_path, monkeypatch):
     images, points = folder(tmp_path / "bare", 4, 4, landmarks=False)
     here("fr_train.py", "--data", "bare", "--epochs", 1, "--batch", 4, cwd=tmp_path)
@@ -2210,7 +2246,8 @@ def test_killed_sampling_continues_to_the_same_bytes(pipeline, rejecting, tmp_pa
     commands = [["sample.py", "replacing", moment, *SAMPLE, *flags] for moment in moments]
     killed(*commands, cwd=tmp_path, LINE=str(line))
     for name, content in contents(tmp_path / "set").items():
-        assert name.endswith(".tmp") or content == whole[name]          # never half of a file
+        part = name.endswith(".tmp") or name.startswith(".verdicts")
+        assert part or content == whole[name]               # never half of a picture
     assert sampled(pipeline, tmp_path, line=line) == whole
 
 
@@ -2221,7 +2258,7 @@ def test_shared_sampling_gives_the_same_bytes(pipeline, rejecting, tmp_path, mon
     options = dict(line=line, env={"WORLD_SIZE": "2"})
     first = sampled(pipeline, tmp_path, rank=1, **options)
     both = sampled(pipeline, tmp_path, rank=0, **options)
-    assert "manifest.csv" not in first and first.items() < both.items()
+    assert "manifest.csv" not in first and 0 < len(pictures_of(first)) < len(pictures_of(both))
     assert both == whole and len(sizes) == 1
 
 

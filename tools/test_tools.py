@@ -29,15 +29,13 @@ from tools import align, insightface, published, retinaface, toys
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [f"{name}.py" for name in ("model", "data", "fr_train", "dit_train", "sample", "evaluate")]
-THREADS = torch.get_num_threads()
 BLACK = jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))
 
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
-    """Each test starts from one seed, and with all threads, of which align leaves one."""
+    """Each test starts from one seed."""
     torch.manual_seed(0)
-    torch.set_num_threads(THREADS)
 
 
 def command(script, *arguments, cwd, code=0):
