@@ -2037,7 +2037,7 @@ def test_a_stage_refuses_what_is_not_its_own_or_unfinished_before_it_writes(copi
 
 def test_one_word_switches_to_the_published_method(copied, monkeypatch):
     """--paper: free virtual prototypes, which are drawn as trained; the paper's identity loss; guidance 4."""
-    here("fr_train.py", *FR, "--paper", "--out", "runs/paper", cwd=copied)
+    here("fr_train.py", "--data", "faces", "--epochs", 1, "--paper", "--out", "runs/paper", cwd=copied)
     _, prototypes, meta = model.load_recogniser(copied / "runs/paper")
     assert meta["prototypes"]["paper"]
     assert same(prototypes.to_draw()[24:], unit(prototypes.virtual))
