@@ -94,8 +94,12 @@ def compiled(module, seen):
     """A second, compiled handle of a module that sees so many images; the module itself if they are few."""
     if seen < 200_000:                                      # compiling takes a minute or two
         return module
-    torch._dynamo.config.suppress_errors = True             # where no compiler works: a warning, and slower
-    return torch.compile(module)
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=DEVICE))
+        return torch.compile(module)
+    except Exception as error:
+        print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
+        return module
 
 
 # -------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings

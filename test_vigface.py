@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import math
-import pickle
 import re
 import shutil
 import signal
@@ -110,9 +109,9 @@ def naive_recogniser(net, x):
     place = 0
     for count in net.config["units"]:
         for stride in [2] + [1] * (count - 1):              # the first unit of a stage halves the image
-            unit = net.body[place]
+            block = net.body[place]
             place += 1
-            norm1, conv1, norm2, slope, conv2, norm3, gates = unit.res_layer
+            norm1, conv1, norm2, slope, conv2, norm3, gates = block.res_layer
             h = F.conv2d(norm(x, norm1), conv1.weight, padding=1)
             h = prelu(norm(h, norm2), slope)
             h = F.conv2d(h, conv2.weight, padding=1, stride=stride)
@@ -125,8 +124,8 @@ def naive_recogniser(net, x):
 
             shortcut = x[:, :, ::stride, ::stride]
             if x.shape[1] != h.shape[1]:
-                shortcut = F.conv2d(shortcut, unit.shortcut_layer[0].weight)
-                shortcut = norm(shortcut, unit.shortcut_layer[1])
+                shortcut = F.conv2d(shortcut, block.shortcut_layer[0].weight)
+                shortcut = norm(shortcut, block.shortcut_layer[1])
             x = h + shortcut
 
     norm1, _, _, linear, norm2 = net.output_layer
@@ -167,6 +166,12 @@ def test_a_fresh_recogniser_keeps_the_scale_of_its_features():
     assert net.output_layer[1].p == 0.4                     # dropout
 
 
+def test_ir_se50_is_trained_by_the_published_recipe():
+    assert model.RECOGNISERS["ir_se50"] == dict(epochs=26, batch=512, scale=64.0, net={})
+    defaults = fr_train.parser.parse_args([])
+    assert defaults.lr == 0.1 and defaults.head == "arcface"
+
+
 class Linear(nn.Module):
     """A recogniser of images of S x S pixels that is one matrix, so that all can be computed by hand."""
 
@@ -191,6 +196,7 @@ def naive_embed(backbone, images):
 
 
 def random_images(count, size=4):
+    """Images uint8 (count, 3, S, S) of noise."""
     return torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
 
 
@@ -339,6 +345,14 @@ def moment_of(vectors):
     return sum(v.outer(v) for v in vectors) / len(vectors)
 
 
+def test_fresh_prototypes_are_short_so_that_they_turn_fast():
+    prototypes = Prototypes(100, 100, 64)
+    assert same(prototypes.real.std().item(), 0.01, 5e-4)
+    assert same(prototypes.virtual.std().item(), 0.01, 5e-4)
+    assert not prototypes.sigma2.any()
+    assert prototypes.norm_mean == 20 and prototypes.norm_std == 100        # AdaFace's
+
+
 def test_virtual_prototypes_are_seen_through_the_moment_of_real_ones():
     prototypes = randomise(Prototypes(5, 3, 4))
     real, virtual = unit(prototypes.real), unit(prototypes.virtual)
@@ -364,6 +378,12 @@ def test_powers_of_a_moment():
     assert root.dtype == torch.float32
     flat = torch.tensor([[4.0, 0.0], [0.0, 0.0]])           # has no inverse: 1e-6 stands for 0
     assert same(model.power(flat, -0.5), [[0.5, 0.0], [0.0, 1000.0]])
+
+    axes = torch.linalg.qr(torch.randn(5, 5))[0]
+    thin = axes * torch.logspace(0, -5, 5) @ axes.T         # needs double precision
+    values, vectors = np.linalg.eigh(thin.double().numpy())
+    exact = vectors / np.sqrt(values) @ vectors.T
+    assert same(model.power(thin, -0.5), exact)
 
 
 def test_settled_prototypes_are_whitened_and_given_two_moments():
@@ -1014,30 +1034,28 @@ def save_set(root, images, per_person, landmarks):
     data.write_landmarks(root / "landmarks.csv", zip(names, landmarks * images.shape[2]))
 
 
-def length_of(gradients):
-    """The length of all gradients as one vector."""
-    return sum(gradient.square().sum() for gradient in gradients).sqrt().item()
-
-
 TINY = dict(width=16, units=(1, 1, 1, 1), dropout=0.0)      # a recogniser of a unit a stage
 
 
-def matrices_of(module):
-    """The weights of its convolutions and linear layers, which decay."""
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    return [layer.weight for layer in layers]
+def decayed_of(backbone, prototypes):
+    """What decays: weights of convolutions and linear layers, and prototypes."""
+    layers = [*backbone.modules(), *prototypes.modules()]
+    layers = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    return [layer.weight for layer in layers] + [prototypes.real, prototypes.virtual]
 
 
 def naive_stage_1(faces, net, k, batch, epochs, peak, scale, seed):
-    """Backbone, prototypes, mean losses and lengths of gradients after all epochs."""
+    """Backbone, prototypes, mean losses and lengths of the backbone's gradients after all epochs."""
     torch.manual_seed(seed)
     n = len(faces.people)
     backbone = Recogniser(size=faces.size, **net)
+    backbone.to(memory_format=torch.channels_last)          # rounds as the script does
     prototypes = Prototypes(n, k, net["dim"])
-    of_backbone, of_prototypes = [*backbone.parameters()], [*prototypes.parameters()]
-    decayed = matrices_of(backbone) + matrices_of(prototypes) + [prototypes.real, prototypes.virtual]
-    decayed = {id(p) for p in decayed}
-    velocity = [torch.zeros_like(p) for p in of_backbone + of_prototypes]
+    parameters = [*backbone.parameters(), *prototypes.parameters()]
+    decayed = decayed_of(backbone, prototypes)
+    others = [p for p in parameters if not any(p is q for q in decayed)]
+    groups = [dict(params=decayed, weight_decay=5e-4), dict(params=others, weight_decay=0)]
+    sgd = torch.optim.SGD(groups, momentum=0.9, fused=True)
 
     per_epoch = len(faces) // batch
     steps = epochs * per_epoch
@@ -1049,24 +1067,19 @@ def naive_stage_1(faces, net, k, batch, epochs, peak, scale, seed):
         ramp = min(1, step / (steps / 10))                  # the margin grows over a tenth of the run
         parts = model.vigface_loss(f, labels, prototypes, b_virtual, "adaface", ramp, scale)
         losses.append([part.item() for part in parts])
-        gradients = torch.autograd.grad(sum(parts), of_backbone, retain_graph=True)
-        lengths.append(length_of(gradients))
-        shorter = min(1, 5 / lengths[-1])                   # the gradient of the backbone alone is clipped
-        gradients = [shorter * gradient for gradient in gradients]
-        gradients += torch.autograd.grad(sum(parts), of_prototypes)
 
-        # SGD with momentum and weight decay.
-        rate = fr_train.learning_rate(step, steps, per_epoch, peak)     # the warm-up is one epoch
-        for p, gradient, v in zip(of_backbone + of_prototypes, gradients, velocity):
-            if id(p) in decayed:
-                gradient = gradient + 5e-4 * p.data
-            v.mul_(0.9).add_(gradient)
-            p.data -= rate * v
+        sgd.zero_grad()
+        sum(parts).backward()
+        length = nn.utils.clip_grad_norm_(backbone.parameters(), 5)     # the prototypes' would dominate
+        lengths.append(length.item())
+        for group in sgd.param_groups:                      # the warm-up is one epoch
+            group["lr"] = fr_train.learning_rate(step, steps, per_epoch, peak)
+        sgd.step()
     return backbone.eval(), prototypes, np.mean(losses, axis=0), lengths
 
 
 def test_stage_1_trains_as_this_loop_does(tmp_path, monkeypatch):
-    save_set(tmp_path / "faces", random_images(18, 32), 3, torch.rand(18, 5, 2))
+    save_set(tmp_path / "faces", random_images(18, 32), 4, torch.rand(18, 5, 2))        # the last has two
     net = dict(dim=8) | TINY
     recipe = dict(epochs=4, batch=9, scale=6.0, net=net)
     monkeypatch.setitem(model.RECOGNISERS, "tiny", recipe)
@@ -1075,7 +1088,7 @@ def test_stage_1_trains_as_this_loop_does(tmp_path, monkeypatch):
     flags = "--data faces --virtual 4 --batch 4 --epochs 5 --lr 25.6 --head adaface --seed 3"
     printed = here("fr_train.py", *flags.split(), cwd=tmp_path)
     tensors, meta = model.load_model(tmp_path / "runs/fr", "fr")
-    assert meta["steps"] == 20 and meta["names"] == [f"person {i}" for i in range(6)]
+    assert meta["steps"] == 20 and meta["names"] == [f"person {i}" for i in range(5)]
 
     faces = data.Faces([tmp_path / "faces"])
     peak = 25.6 * 4 / 512                                   # in proportion to the batch
@@ -1083,10 +1096,10 @@ def test_stage_1_trains_as_this_loop_does(tmp_path, monkeypatch):
     backbone, prototypes, losses, lengths = expected
     assert min(lengths) < 5 < max(lengths)                  # clipping matters at times
     for name, expected in backbone.state_dict().items():
-        assert same(tensors[f"backbone.{name}"], expected, 1e-4), name
+        assert same(tensors[f"backbone.{name}"], expected), name
     state = prototypes.state_dict()
     for name in ("real", "virtual", "certainty.weight", "sigma2", "norm_mean", "norm_std"):
-        assert same(tensors[f"prototypes.{name}"], state[name], 1e-4), name
+        assert same(tensors[f"prototypes.{name}"], state[name]), name
     for word, loss in zip(("real", "virtual", "quality"), losses):
         assert f"{word} {loss:.3f}" in printed
 
@@ -1094,7 +1107,18 @@ def test_stage_1_trains_as_this_loop_does(tmp_path, monkeypatch):
     f = model.embed(backbone, images_of(faces))
     prototypes.settle(model.person_moment(f, faces.labels))
     _, saved, _ = model.load_recogniser(tmp_path / "runs/fr")
-    assert same(saved.to_draw(), prototypes.to_draw(), 1e-3)
+    assert same(saved.to_draw(), prototypes.to_draw(), 1e-4)
+
+
+def test_free_prototypes_are_drawn_as_they_were_trained(tmp_path, monkeypatch):
+    save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
+    recipe = dict(epochs=1, batch=4, scale=6.0, net=dict(dim=8) | TINY)
+    monkeypatch.setitem(model.RECOGNISERS, "tiny", recipe)
+    for name, flags in (("paper", ["--paper"]), ("ours", [])):
+        here("fr_train.py", "--data", "faces", "--epochs", 1, "--out", name, *flags, cwd=tmp_path)
+        _, prototypes, _ = model.load_recogniser(tmp_path / name)
+        left = same(prototypes.to_draw()[4:], unit(prototypes.virtual))
+        assert left == (name == "paper")
 
 
 def test_norms_biases_and_prelu_do_not_decay():
@@ -1106,8 +1130,7 @@ def test_norms_biases_and_prelu_do_not_decay():
         for p in group["params"]:
             decay[id(p)] = group["weight_decay"]
     assert len(decay) == len(parameters)
-    decayed = matrices_of(backbone) + matrices_of(prototypes) + [prototypes.real, prototypes.virtual]
-    decayed = {id(p) for p in decayed}
+    decayed = {id(p) for p in decayed_of(backbone, prototypes)}
     for p in parameters:
         assert decay[id(p)] == (5e-4 if id(p) in decayed else 0)
 
@@ -1191,6 +1214,7 @@ def test_stage_2_trains_as_this_loop_does(tmp_path, monkeypatch):
     previews = []
 
     def preview(path, dit, backbone, *given, **options):
+        assert not any(p.requires_grad for p in dit.parameters())
         drawn = [p.clone() for p in dit.parameters()]
         previews.append((path.name, drawn, given))
         return torch.tensor([[0.25, 0.35]] * 4 + [[0.65, 0.85]] * 4)
@@ -1221,6 +1245,43 @@ def test_stage_2_trains_as_this_loop_does(tmp_path, monkeypatch):
         found = re.search(r"v (\S+) identity (\S+)", line).groups()
         assert same([*map(float, found)], [v, identity], 1e-3)
     assert "real 0.300 virtual 0.750" in printed and len(lines) == 6
+
+
+def test_a_saved_recogniser_comes_back_frozen(tmp_path):
+    saved, prototypes = tiny_recogniser(tmp_path, ["ann", "bob"], data=[])
+    backbone, loaded, meta = model.load_recogniser(tmp_path)
+    assert meta["names"] == ["ann", "bob"]
+    assert torch.equal(loaded.to_draw(), prototypes.to_draw())
+    x = torch.randn(2, 3, 16, 16)
+    assert same(backbone(x), saved(x))                      # in evaluation mode
+    parameters = [*backbone.parameters(), *loaded.parameters()]
+    assert not any(p.requires_grad for p in parameters)
+
+
+def test_a_run_stops_at_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
+    """What was saved before stays; here that is nothing."""
+    save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
+    broken = lambda f, *_, **options: (f.sum() * torch.nan, f.sum(), f.sum())
+    monkeypatch.setattr(fr_train, "vigface_loss", broken)
+    printed = here("fr_train.py", "--data", "faces", "--epochs", 1, "--batch", 4, cwd=tmp_path, code=2)
+    assert "lower --lr" in printed and not (tmp_path / "runs/fr/model.safetensors").exists()
+
+    tiny_recogniser(tmp_path / "runs/fr", [f"person {i}" for i in range(4)], size=32, data=["faces"])
+    broken = lambda dit, *_, **options: (dit.patch_in.bias.sum() * torch.nan, torch.zeros(()))
+    monkeypatch.setattr(dit_train, "dit_loss", broken)
+    printed = here("dit_train.py", "--steps", 1, "--batch", 4, cwd=tmp_path, code=2)
+    assert "lower --lr" in printed and not (tmp_path / "runs/dit/model.safetensors").exists()
+
+
+def test_only_long_runs_are_compiled(monkeypatch, capsys):
+    net = nn.Linear(2, 2)
+    assert model.compiled(net, 100_000) is net
+    monkeypatch.setattr(torch, "compile", lambda module: ("compiled", module))
+    monkeypatch.setattr(torch, "sin", lambda x: x)
+    assert model.compiled(net, 10_000_000) is net           # a tuple cannot be called: no compiler works
+    assert "running without it" in capsys.readouterr().out
+    monkeypatch.setattr(torch, "compile", lambda module: lambda x: module(x))
+    assert model.compiled(net, 10_000_000) is not net
 
 
 def test_previews_show_people_in_the_same_poses(tmp_path, monkeypatch):
@@ -1336,12 +1397,14 @@ def test_a_picture_is_judged_against_every_other_real_person_and_image(monkeypat
     monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
     n, k = 4, 3
     backbone, prototypes = Linear(), randomise(Prototypes(n, k, 6))
+    images = random_images(8)
+    prototypes.real[0] = naive_embed(backbone, images)[1]   # the second picture is of the first person
     prototypes.settle(torch.eye(6) / 6)
-    W, images = prototypes.to_draw(), random_images(8)
+    W = prototypes.to_draw()
     labels = torch.tensor([0] * 2 + [1] * 3 + [2] + [3] * 3)
     real = face_set(units(9, 6), labels)
     jobs = []
-    for row in range(n + k):                                # the batch has one image more
+    for row in (5, 0, 3, 6, 1, 4, 2):                       # the batch has one image more
         jobs.append(sample.Job(row, f"name {row}", index=10 + row, attempt=row % 3, pose=2 * row))
 
     f = naive_embed(backbone, images) / 2
@@ -2016,6 +2079,22 @@ def test_the_report_of_the_pipeline(pipeline):
     assert leakage["verdict"] == ("leaks" if leaks else "clean")
     assert report["real"]["leakage"]["verdict"] == "baseline"
     assert any(name.endswith("closest.jpg") for name in contents(cwd / "runs/report"))
+
+
+def test_the_first_recogniser_judges_sets_against_its_own_faces(pipeline, monkeypatch):
+    monkeypatch.chdir(pipeline[0])
+    report = json.loads(Path("runs/report/report.json").read_text())
+    assert report["judge"] == "runs/fr"
+    backbone, prototypes, _ = model.load_recogniser("runs/fr")
+    real = evaluate.embed_faces(backbone, prototypes, data.Faces(["faces"]))
+    drawn = evaluate.embed_faces(backbone, prototypes, data.Faces(["runs/virtual"]))
+    strangers = evaluate.resemblance(real, real, real.labels)
+    thresholds, _ = evaluate.thresholds_of(real, strangers)
+    found = evaluate.resemblance(drawn, real)
+    row = evaluate.report_row(drawn, found, thresholds, prototypes)
+    written = report["datasets"]["runs/virtual"]
+    assert written.pop("leakage") == pytest.approx(row.pop("leakage"), abs=1e-4)
+    assert written == pytest.approx(row, abs=1e-4)
 
 
 def test_a_stage_refuses_what_is_not_its_own_or_unfinished_before_it_writes(copied):
