@@ -190,6 +190,14 @@ def attempts_made(out, people):
     return made
 
 
+def rounds(made, batch):
+    """Yields an attempt and the places in `made` of a batch that needs it: first attempts, then second ones."""
+    for attempt in range(ATTEMPTS):
+        todo = np.flatnonzero(made == attempt)
+        for first in range(0, len(todo), batch):
+            yield attempt, todo[first:first + batch]
+
+
 def finish(out, total, poses, size):
     """Writes landmarks.csv, grid.jpg and manifest.csv, if all pictures are settled; says how it went."""
     # Texts, because millions of tuples would not fit in memory. No file's name holds a zero byte.
@@ -228,7 +236,8 @@ def draw_grid(out, accepted, rows=8, columns=8):
 def main():
     args = parser.parse_args()
     # paper: 4; here 1: half the cost, and pictures of one person stay varied.
-    args.guidance = args.guidance or (4.0 if args.paper else 1.0)
+    if args.guidance is None:
+        args.guidance = 4.0 if args.paper else 1.0
     if args.steps < 3:
         fail(f"--steps {args.steps}: expected 3 or more; fewer end in a blur")
     out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
@@ -253,21 +262,17 @@ def main():
     fast = compiled(dit, sum(wanted.values()) * args.steps)     # by the whole set, so that all ranks decide alike
     with tqdm(total=int((made < ATTEMPTS).sum()), desc=out.name) as progress, ThreadPoolExecutor(1) as writer:
         writing = writer.submit(bool)                           # nothing yet
-        for attempt in range(ATTEMPTS):
-            todo = np.flatnonzero(made == attempt)
-            for first in range(0, len(todo), args.batch):
-                some = todo[first:first + args.batch]
-                jobs = []
-                for place in some.tolist():
-                    line, index = divmod(place, made.shape[1])
-                    jobs.append(make_job(args.seed, int(mine[line]), names, index, attempt, len(poses)))
-                images = draw(fast, W, poses, jobs, args)
-                verdicts = judge(backbone, W, real, thresholds, jobs, images)
+        for attempt, some in rounds(made, args.batch):
+            lines, indices = np.unravel_index(some, made.shape)
+            jobs = [make_job(args.seed, row, names, index, attempt, len(poses))
+                    for row, index in zip(mine[lines].tolist(), indices.tolist())]
+            images = draw(fast, W, poses, jobs, args)
+            verdicts = judge(backbone, W, real, thresholds, jobs, images)
 
-                writing.result()                                # of the batch before; raises what went wrong
-                writing = writer.submit(write_batch, out, jobs, images.cpu(), verdicts)
-                made.flat[some] = [attempts_after(verdict) for verdict in verdicts]
-                progress.update(int((made.flat[some] == ATTEMPTS).sum()))
+            writing.result()                                    # of the batch before; raises what went wrong
+            writing = writer.submit(write_batch, out, jobs, images.cpu(), verdicts)
+            made.flat[some] = [attempts_after(verdict) for verdict in verdicts]
+            progress.update(int((made.flat[some] == ATTEMPTS).sum()))
         writing.result()
 
     finish(out, sum(wanted.values()), poses, dit.size)          # several ranks may write the same

@@ -1857,6 +1857,26 @@ def test_folders_unite_by_identity_name(tmp_path):
     assert torch.equal(images_of(faces)[:6], images)
 
 
+def test_people_who_are_numbers_in_two_sources_may_be_strangers(tmp_path, capsys):
+    """They are refused, unless the second source fills up the people of the first."""
+    for source in "abc":
+        for person in ("7", f"name {source}"):
+            folder(tmp_path / source / person, 1, 2, landmarks=False)
+    sources = [tmp_path / source for source in "abc"]
+    said = stops(capsys, data.Faces, sources[:2])
+    assert "a" in said and "7" in said and "strangers" in said
+
+    (tmp_path / "b/run.json").write_text('{"real_to": 4}')
+    (tmp_path / "b/manifest.csv").touch()                   # it is complete
+    for order in (sources[:2], sources[1::-1]):
+        faces = data.Faces(order)
+        assert faces.labels.bincount().tolist() == [4, 2, 2]
+        assert "1 of its people" in capsys.readouterr().out
+    assert "7" in stops(capsys, data.Faces, [sources[1], sources[0], sources[2]])
+    (tmp_path / "b/run.json").write_text('{"real_to": null}')           # virtual people, named alike
+    assert "7" in stops(capsys, data.Faces, sources[:2])
+
+
 def test_for_an_unreadable_image_the_next_one_stands_in(tmp_path):
     """With its own label and landmarks; batches keep their size."""
     folder(tmp_path / "a", 2, 60)
@@ -2039,9 +2059,9 @@ def test_the_sampled_set_is_what_the_readme_says(pipeline):
     files = contents(virtual)
     assert {*files} >= {"grid.jpg", "landmarks.csv", "manifest.csv", "run.json"}
     pictures = pictures_of(files)
-    people_drawn = {name.split("/")[0] for name in pictures}
-    assert len(people_drawn) == 5 and len(pictures) == 15
-    assert all(re.search(r"\d{6}/000[012].jpg$", name) for name in pictures)
+    recogniser = model.digest(pipeline[0] / "runs/fr")[:6]  # so people of two recognisers have other names
+    expected = [f"{recogniser}-{person:06d}/{i:04d}.jpg" for person in range(5) for i in range(3)]
+    assert pictures == expected
 
     accepted = [row for row in manifest(virtual) if row["verdict"] == "accepted"]
     assert [row["file"] for row in accepted] == pictures
@@ -2339,6 +2359,18 @@ def test_shared_sampling_gives_the_same_bytes(pipeline, rejecting, tmp_path, mon
     both = sampled(pipeline, tmp_path, rank=0, **options)
     assert "manifest.csv" not in first and 0 < len(pictures_of(first)) < len(pictures_of(both))
     assert both == whole and len(sizes) == 1
+
+
+def test_the_lines_in_the_readme_compare_two_faces(copied, monkeypatch, capsys):
+    lines, = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(copied)
+    first, _, other = sorted(Path("faces").rglob("*.png"))[3:6]
+    for image in (first, other):
+        shutil.copy(first, "a.jpg")
+        shutil.copy(image, "b.jpg")
+        exec(lines, {})
+    found = [float(cosine) for cosine in re.findall(r"cosine (\S+)", capsys.readouterr().out)]
+    assert found[0] == 1 and -1 < found[1] < 1
 
 
 def test_real_people_are_filled_up(pipeline, tmp_path):
