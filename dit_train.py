@@ -4,7 +4,7 @@
 
 Writes OUT/model.safetensors (averaged weights, and the poses of the training faces, but no embeddings or
 names), OUT/state.pt, from which the same command continues a run that was killed, OUT/log.txt, which keeps
-what is printed, and OUT/preview-STEP.jpg: four real and four virtual people, a row each, at guidance 2.
+what is printed, and OUT/preview-STEP.jpg: up to four real and four virtual people, a row each, at guidance 2.
 """
 import argparse
 import copy
@@ -16,7 +16,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Faces, batches, rows_of
-from model import (DEVICE, DIT_RECIPES, DIT_SIZES, DiT, autocast, claim, compiled, digest, dit_loss, dpm_solver, embed, fail, guided,
+from model import (DEVICE, DIT_RECIPES, DIT_SIZES, DiT, autocast, claim, compiled, dit_loss, dpm_solver, embed, fail, guided,
                    load_recogniser, log, positive, replacing, resume, run, save_model, save_state,
                    stop_unless_finite, to_uint8)
 
@@ -28,19 +28,17 @@ flag("--out", default="runs/dit", metavar="DIR", help="run folder (default: %(de
 flag("--arch", choices=[f"{size}/{patch}" for size in DIT_SIZES for patch in (4, 8)], metavar="SIZE/PATCH",
      help=f"{', '.join(DIT_SIZES)} with patches of 4 or 8 pixels (default: Ti/8 up to 64 pixels, B/8 above)")
 flag("--paper", action="store_true", help="the identity loss as published: see dit_loss (default: off)")
-flag("--steps", type=positive, help="training steps (default: 1,100 for Ti, 200,000 for others)")
-flag("--batch", type=positive, help="images per step (default: 32 for Ti, 256 for others)")
-flag("--lr", type=float, help="learning rate (default: 2e-3 for Ti, 2e-4 for others)")
+flag("--steps", type=positive, help="training steps (default: by network, see DIT_RECIPES)")
+flag("--batch", type=positive, help="images per step (default: by network, see DIT_RECIPES)")
+flag("--lr", type=float, help="learning rate (default: by network, see DIT_RECIPES)")
 flag("--weights", metavar="PATH", help="RetinaFace's, where landmarks are missing (default: fetched)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
-
-MIRRORED = torch.tensor([1, 0, 2, 4, 3], device=DEVICE)     # left and right change places
 
 
 def mirror(x, landmarks):
     """Mirrors half of the images (B, 3, S, S) and of their landmarks (B, 5, 2), chosen by chance."""
     flip = torch.rand(len(x), 1, 1, device=x.device) < 0.5
-    right, down = landmarks[:, MIRRORED].unbind(2)
+    right, down = landmarks[:, [1, 0, 2, 4, 3]].unbind(2)           # left and right change places
     mirrored = torch.stack([1 - right, down], 2)
     return torch.where(flip[..., None], x.flip(3), x), torch.where(flip, mirrored, landmarks)
 
@@ -55,7 +53,7 @@ def preview(path, dit, backbone, w, landmarks, seed):
     noise = torch.randn(8 * len(w), 3, dit.size, dit.size, generator=generator).to(DEVICE)
     everybody = w.repeat_interleave(8, 0)
     with autocast():
-        denoise = guided(dit, everybody, poses.repeat(len(w), 1, 1), guidance=2.0)      # shows identity sooner
+        denoise = guided(dit, everybody, poses.repeat(len(w), 1, 1), guidance=2.0)      # tells earlier who it is
         images = to_uint8(dpm_solver(denoise, noise, steps=10))
     with replacing(path) as temporary:
         save_image(images.cpu() / 255, temporary, "JPEG", nrow=8, padding=1)
@@ -82,7 +80,7 @@ def main():
     args.data = args.data or fr["data"]
     faces = Faces(args.data, fr["config"]["size"])
     W, n = prototypes.to_draw(), len(prototypes.real)
-    real, virtual = W[:n][:4], W[n:][:4]                                # shown in previews
+    shown, of_real = torch.cat([W[:n][:4], W[n:][:4]]), min(4, n)       # in previews
     if unknown := sorted(faces.people.keys() - fr["names"]):
         fail(f"{args.fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on this --data")
     own_w = W[rows_of(faces.people, fr["names"])]                       # own_w[label]: that person's prototype
@@ -90,7 +88,7 @@ def main():
     fill_in(args, faces)
     steps, batch = args.steps, args.batch
     # What must not change when a run continues; --out and --weights may.
-    claim(out, vars(args) | dict(fr=digest(args.fr), images=len(faces), out=None, weights=None))
+    claim(out, vars(args) | dict(fr=fr["sha256"], images=len(faces), out=None, weights=None))
     if faces.landmarks.isnan().any():
         from tools.retinaface import complete_landmarks
         complete_landmarks(faces, out, args.weights)
@@ -132,14 +130,14 @@ def main():
             mse, identity = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             losses.zero_()
             path = out / f"preview-{step + 1:06d}.jpg"
-            cosines = preview(path, average, backbone, torch.cat([real, virtual]), faces.landmarks, args.seed)
+            cosines = preview(path, average, backbone, shown, faces.landmarks, args.seed)
             parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
-            save_model(out, "dit", average.config, parts, fr_sha256=digest(args.fr), step=step + 1, steps=steps)
-            save_state(out, step + 1, modules)                  # last: never newer than the model
+            save_model(out, "dit", average.config, parts, fr_sha256=fr["sha256"], step=step + 1, steps=steps)
             line = f"step {step + 1:6d}/{steps}  loss v {mse:.4f} identity {identity:.4f}  own cosine"
-            line += f" real {cosines[:len(real)].mean():.3f}"
-            line += f" virtual {cosines[len(real):].mean():.3f}" if len(virtual) else ""
+            for kind, own in (("real", cosines[:of_real]), ("virtual", cosines[of_real:])):
+                line += f" {kind} {own.mean():.3f}" if len(own) else ""
             log(out, line)
+            save_state(out, step + 1, modules)                  # last: never newer than the model
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ flag("--arch", choices=RECOGNISERS, help="network (default: tiny up to 64 pixels
 flag("--head", choices=MARGINS, default="arcface", help="margin (default: %(default)s)")
 flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as many as real identities)")
 flag("--paper", action="store_true", help="exactly as published: see Prototypes and vigface_loss (default: off)")
-flag("--epochs", type=positive, help="(default: 26 for ir_se50, 6 for others; more if under 1,250 steps)")
-flag("--batch", type=positive, help="images per step (default: 512 for ir_se50, 128 for others)")
+flag("--epochs", type=positive, help="(default: by network, see RECOGNISERS, and at least 1,250 steps)")
+flag("--batch", type=positive, help="images per step (default: by network, see RECOGNISERS)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
@@ -50,7 +50,7 @@ def make_optimizer(parameters):
 
 
 def augment(x, p=0.2):
-    """Mirrors half of the images (B, 3, S, S); in a share p blacks out all but a random box, as AdaFace does."""
+    """Mirrors half of the images (B, 3, S, S); of a share p keeps a random box and blacks out the rest (AdaFace)."""
     B, _, S, _ = x.shape
 
     def uniform(low, high):
@@ -58,7 +58,7 @@ def augment(x, p=0.2):
 
     x = torch.where(uniform(0, 1) < 0.5, x, x.flip(3))
 
-    # A box with some share of the image's area and some ratio of its sides, put by chance.
+    # A box of a fifth of the image or more, its sides from 3 : 4 to 4 : 3, anywhere.
     area, ratio = uniform(0.2, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
     height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
     top, left = uniform(0, 1) * (1 - height), uniform(0, 1) * (1 - width)
@@ -70,7 +70,7 @@ def augment(x, p=0.2):
 
 
 def fill_in(args, faces):
-    """Sets the flags that were left out, by the faces; ends the program if a run of these flags cannot be."""
+    """Sets the flags that were left out, by the faces; ends the program if the flags make no sense."""
     n, args.size = len(faces.people), faces.size
     args.virtual = n if args.virtual is None else args.virtual
     args.arch = args.arch or ("tiny" if args.size <= 64 else "ir_se50")
@@ -84,9 +84,8 @@ def fill_in(args, faces):
     args.epochs = args.epochs or max(recipe["epochs"], math.ceil(1250 / (len(faces) // args.batch)))
 
 
-@torch.no_grad()
 def settle(backbone, prototypes, faces):
-    """Places the virtual prototypes for drawing, once training is done. It takes one pass over the images."""
+    """Settles the virtual prototypes by the embeddings of all faces, which takes a pass over the images."""
     seen = [(embed(backbone, images), faces.labels[i]) for images, i in faces.scan(torch.arange(len(faces)), "settling")]
     f, labels = map(torch.cat, zip(*seen))
     prototypes.settle(person_moment(f, labels.to(f.device)))
@@ -129,7 +128,7 @@ def main():
 
         with autocast():
             f = fast(augment(x))
-        # paper: unstated; here the margin grows over a tenth of the run, otherwise prototypes collapsed.
+        # paper: unstated; here the margin grows over a tenth of the run, because prototypes collapsed without.
         parts = vigface_loss(f, labels, prototypes, virtual_batch_size(step, k, batch, n), args.head,
                              ramp=min(1, 10 * step / steps), scale=recipe["scale"])
         sum(parts).backward()
@@ -145,17 +144,17 @@ def main():
             means = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             losses.zero_()
             backbone.eval()
-            if step + 1 == steps and k:
+            if step + 1 == steps and k and not args.paper:
                 settle(backbone, prototypes, faces)
             weights = {name: modules[name].state_dict() for name in ("backbone", "prototypes")}
             save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, names=[*faces.people],
                        data=args.data, val=[*map(str, val)], step=step + 1, steps=steps)
-            save_state(out, step + 1, modules)                          # last: never newer than the model
             line = f"epoch {(step + 1) // per_epoch}/{args.epochs}  lr {lr:.4f}  "
-            line += "loss real {:.3f} virtual {:.3f} quality {:.3f}".format(*means)
+            line += "loss real {:.3f} virtual {:.3f} certainty {:.3f}".format(*means)
             for name, (images, same) in benchmarks.items():
                 line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
             log(out, line)
+            save_state(out, step + 1, modules)                          # last: never newer than the model
             backbone.train()
 
 

@@ -1,13 +1,13 @@
-"""Every network and every objective of VIGFace. The four scripts share this module.
+"""The networks and the losses of VIGFace (ICCV 2025, arXiv 2403.08277), which the four scripts share.
 
-It follows the paper: the recogniser; prototypes, margin losses and virtual embeddings (stage 1); the
-Diffusion Transformer, diffusion and its solver (stage 2). Saving, loading and resuming come last. A comment
-`paper: ...; here: ... because ...` marks where the code departs from the paper, or had to choose.
+They stand in the order of the stages. Stage 1: the recogniser, prototypes, margin losses and virtual
+embeddings. Stage 2: the Diffusion Transformer, its losses and the sampler. Saving and loading come last.
+A comment `paper: ...; here: ... because ...` marks where the code departs from the paper, or had to choose.
 
-Shapes: B batch, S image side in pixels, C channels, N tokens, D embedding width, n real and k virtual
-identities, I identities of a set, M its images, P its pairs. Networks see RGB images (B, 3, S, S) in [-1, 1].
-Landmarks are (B, 5, 2), x and y in [0, 1] of the image: left eye, right eye, nose, left and right mouth
-corner, as the viewer sees left and right.
+Shapes: B batch, S image side in pixels, C channels, N tokens, D embedding width, n real and k virtual people,
+I people of a set, M its images, P its pairs. Networks see RGB images (B, 3, S, S) in [-1, 1]. Landmarks are
+(B, 5, 2), x and y in [0, 1] of the image: left eye, right eye, nose, left and right mouth corner, as the
+viewer sees left and right.
 """
 import argparse
 import contextlib
@@ -43,14 +43,14 @@ def fail(message):
 
 
 def positive(text):
-    """The type of a flag that is a number of things: 1 or more."""
+    """The type of a flag that is a number, 1 or more."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
     return int(text)
 
 
 def system_failed(error):
-    """Whether the system is to blame and not the file: memory is full, the disk fails, no permission."""
+    """Whether the system caused an error, and not a file: no memory, a disk that fails, no permission."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     number = getattr(error, "errno", None)                  # only errors of the system have one
@@ -91,11 +91,11 @@ def autocast():
 
 
 def compiled(module, seen):
-    """A second, compiled handle of a module that sees so many images; the module itself if they are few."""
+    """torch.compile's version of a module, if the module will see 200,000 images or more."""
     if seen < 200_000:                                      # compiling takes a minute or two
         return module
     try:
-        torch.compile(torch.sin)(torch.ones(8, device=DEVICE))
+        torch.compile(torch.sin)(torch.ones(8, device=DEVICE))          # fails here, not in mid-training
         return torch.compile(module)
     except Exception as error:
         print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
@@ -144,10 +144,11 @@ class ResidualUnit(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """f: images (B, 3, S, S) -> embeddings (B, D). The default is IR-SE50, with the keys of AdaFace's weights.
+    """f: images (B, 3, S, S) -> embeddings (B, D). The default is IR-SE50.
 
-    Published networks differ in `units`, the residual units of each stage; some lack `se`, the channel gates;
-    some were trained on `bgr` images. S must be a multiple of 16.
+    Its tensors are named as in AdaFace's files, so that published weights load. Published networks differ in
+    `units`, the residual units of each stage; some lack `se`, the channel gates; some were trained on `bgr`
+    images. S must be a multiple of 16.
     """
 
     def __init__(self, size=112, dim=512, width=64, units=(3, 4, 14, 3), dropout=0.4, se=True, bgr=False):
@@ -196,9 +197,9 @@ RECOGNISERS = {
 
 @torch.no_grad()
 def embed(backbone, images, batch=256, unit=True, exact=False):
-    """f(x) + f(flip x), as the field tests, of uint8 images (M, 3, S, S): (M, D), of unit length if `unit`.
+    """Embeddings (M, D) of uint8 images (M, 3, S, S): f(x) + f(mirrored x), as the field tests.
 
-    `exact` does without bf16 (fp32, TF32 on a GPU), so that accuracies compare with published ones.
+    `unit` gives them length 1. `exact` turns bf16 off, so that accuracies compare with published ones.
     """
     embeddings = []
     with contextlib.nullcontext() if exact else autocast():
@@ -214,8 +215,7 @@ def embed(backbone, images, batch=256, unit=True, exact=False):
 # -------------------------------------------------------------- prototypes and margin loss (VIGFace, stage 1)
 
 class Prototypes(nn.Module):
-    """n real and k virtual class prototypes in R^D, running statistics of embeddings, and a head for reports.
-    """
+    """The class prototypes of n real and k virtual people, and what stage 1 measures of embeddings."""
 
     def __init__(self, n, k, dim, paper=False):
         super().__init__()
@@ -223,19 +223,19 @@ class Prototypes(nn.Module):
         self.paper = paper                                              # exactly as published
         self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
         self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
-        self.certainty = nn.Linear(dim, 1)                              # scores images: CR-FIQA
-        self.register_buffer("settled", torch.zeros(k, dim))            # the virtual ones, as they are drawn
-        self.register_buffer("sigma2", torch.zeros(dim))                # variance of f - w, for unit f and w
-        self.register_buffer("norm_mean", torch.tensor(20.0))           # of embeddings' norms, for AdaFace,
-        self.register_buffer("norm_std", torch.tensor(100.0))           # which publishes these initial values
+        self.certainty = nn.Linear(dim, 1)                              # see `certainty_loss`
+        self.register_buffer("settled", torch.zeros(k, dim))            # virtual ones for stage 2: see `settle`
+        self.register_buffer("sigma2", torch.zeros(dim))                # mean (f - w)^2, for unit f and w
+        self.register_buffer("norm_mean", torch.tensor(20.0))           # AdaFace: mean and standard deviation
+        self.register_buffer("norm_std", torch.tensor(100.0))           # of norms, with its initial values
 
     def unit(self):
         """Unit prototypes as the margin loss sees them: (n + k, D), real ones first.
 
         paper: virtual prototypes are free vectors; here they are multiplied by M, the second moment of the
-        real ones, because free vectors also point where no face lies. Vectors that spread evenly over all
-        directions spread like M^2 then. That is more one-sided than the real ones, but the loss drives
-        virtual prototypes the other way, to where nobody is (measured: docs/measurements.md, "Where ...").
+        real ones, because free vectors also point where no face lies. The root of M would give them the
+        second moment M. But the loss drives them to where no real prototype is, and M holds them better
+        (docs/measurements.md, "Where should virtual prototypes lie").
         """
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         if not self.paper:
@@ -245,28 +245,30 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def settle(self, people_moment):
-        """Places the virtual prototypes for drawing, given the `person_moment` (D, D) of real faces.
+        """Places the virtual prototypes for stage 2, once training is done: gives them the spread of people.
 
-        paper: they are drawn as trained; here they first get the spread that people have, because the loss
-        has moved it. Whitening makes them spread evenly over all directions; the root of a second moment then
-        makes that their second moment. It is two thirds of the real prototypes' and one third of people's.
-        The first alone holds accidents, because the prototype of somebody with few images is much of these
-        images. With the second alone people are too much alike (measured: docs/measurements.md, "Where ...").
+        Whitening makes their second moment the unit matrix. Multiplying by the root of a moment then makes it
+        that moment: two thirds of the real prototypes' and one third of `people_moment` (D, D), see
+        `person_moment`. The prototype of somebody with few images contains accidents of these images. So with
+        the first alone, some virtual people would look like nobody. With the second alone they would be too
+        much alike (docs/measurements.md, "Where should virtual prototypes lie").
         """
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
-        if not self.paper:
-            whitened = virtual @ power(virtual.mT @ virtual / len(virtual), -0.5)
-            moment = real.mT @ real / len(real) * 2 / 3 + people_moment / 3
-            virtual = F.normalize(whitened @ power(moment, 0.5))
-        self.settled.copy_(virtual)
+        whitened = virtual @ power(virtual.mT @ virtual / len(virtual), -0.5)
+        moment = real.mT @ real / len(real) * 2 / 3 + people_moment / 3
+        self.settled.copy_(F.normalize(whitened @ power(moment, 0.5)))
 
     def to_draw(self):
-        """Unit prototypes as stages 2 and 3 use them: (n + k, D), real ones first."""
-        return torch.cat([F.normalize(self.real), self.settled])
+        """Unit prototypes as stages 2 and 3 use them: (n + k, D), real ones first.
+
+        paper: virtual ones as trained; here settled, because the loss has moved them away from people.
+        """
+        virtual = F.normalize(self.virtual) if self.paper else self.settled
+        return torch.cat([F.normalize(self.real), virtual])
 
 
 def class_sums(f, labels):
-    """The sum of the embeddings (M, D) of each class, (I, D), and how many there are, (I,)."""
+    """The sum (I, D) and the number (I,) of the embeddings (M, D) of each class."""
     count = torch.bincount(labels)
     sums = torch.zeros(len(count), f.shape[1], device=f.device)
     for some, label in zip(f.split(2 ** 16), labels.split(2 ** 16)):    # f may be in half precision
@@ -275,22 +277,22 @@ def class_sums(f, labels):
 
 
 def person_moment(f, labels):
-    """How people differ: the second moment (D, D), of trace 1, of what images of one person share.
+    """How people differ: the second moment (D, D), scaled to trace 1, of what a person's images share.
 
-    It is the mean of f_i f_j^T over pairs i != j of a person's images (M, D). With s the sum of these f, the
-    sum over the pairs is s s^T minus the sum of f_i f_i^T.
+    It is the mean of f_i f_j^T over pairs i != j of a person's images (M, D), which share the person only. The
+    sum over these pairs is that over all pairs, the sum of f times its transpose, without the pairs i = j.
     """
     sums, count = class_sums(f, labels)
-    weight = 1 / (count * (count - 1)).clamp(min=1)[:, None]            # a person's pairs add up to 1
-    all_pairs = (sums * weight).mT @ sums
-    with_itself = (f * weight[labels]).mT @ f
-    # The difference is zero if everybody has one image only. The last term then decides.
+    weight = (count > 1) / (count * (count - 1)).clamp(min=1)           # one image is no pair
+    all_pairs = (sums * weight[:, None]).mT @ sums
+    with_itself = (f * weight[labels][:, None]).mT @ f
+    # If everybody has one image, only the last term is not zero.
     moment = all_pairs - with_itself + 1e-3 * f.mT @ f / len(f)
     return moment / moment.trace()
 
 
 def power(moment, exponent):
-    """A second moment (D, D) to a power, in double precision, kept invertible."""
+    """A second moment (D, D) to a power, in double precision; its eigenvalues are kept above 1e-6."""
     values, vectors = torch.linalg.eigh(moment.double())
     return (vectors * values.clamp(min=1e-6) ** exponent @ vectors.mT).float()
 
@@ -323,7 +325,7 @@ MARGINS = {"arcface": (arcface, 0.5), "adaface": (adaface, 0.4)}
 
 
 def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
-    """AdaFace's image quality (B, 1) in [-1, 1]: the norm of f (B, D) against its averages, which move."""
+    """AdaFace's image quality (B, 1) in [-1, 1]: the norm of f (B, D) against its averages, updated here."""
     with torch.no_grad():
         norm = f.norm(dim=1, keepdim=True).clamp(1e-3, 100)
         prototypes.norm_mean.lerp_(norm.mean(), t_alpha)
@@ -332,9 +334,9 @@ def norm_quality(f, prototypes, h=0.333, t_alpha=0.01):
 
 
 def certainty_loss(f, cos, labels, prototypes):
-    """Trains the head that scores images in reports (CR-FIQA), from detached f (B, D); cos is (B, n).
+    """Trains `certainty` to tell how clearly an image f (B, D) is of its person; cos (B, n) is to all people.
 
-    It predicts own cosine / (nearest other cosine + 1 + eps).
+    Its target is own cosine / (nearest other cosine + 1 + eps) (CR-FIQA). evaluate.py alone uses it.
     """
     with torch.no_grad():
         other = cos.scatter(1, labels[:, None], -2).amax(1, keepdim=True)
@@ -351,52 +353,65 @@ def around(w, noise, sigma2, paper=False):
     """Virtual embeddings (B, D), of unit length, around prototypes w: w + noise sigma, normalised.
 
     paper: sigma^2 is the mean of (f - w)^2; here it is scaled, because normalising brings w + noise sigma
-    back towards w. The cosine to w becomes about 1 / sqrt(1 + sum sigma^2). It should be c, the mean cosine
-    of real embeddings to their prototypes.
+    back towards w. The cosine to w becomes about 1 / sqrt(1 + sum sigma^2). It should be the mean cosine of
+    real embeddings to their prototypes.
     """
     if not paper:
         spread = sigma2.sum().clamp(min=1e-9)
-        c = (1 - spread / 2).clamp(min=0.1)                                     # |f - w|^2 = 2 - 2 c
-        wanted = 1 / c ** 2 - 1                                                 # of sum sigma^2
+        cosine = (1 - spread / 2).clamp(min=0.1)            # of real ones, since |f - w|^2 = 2 - 2 cosine
+        wanted = 1 / cosine ** 2 - 1                        # what sum sigma^2 must be for this cosine
         sigma2 = sigma2 * wanted / spread
     return F.normalize(w + sigma2.sqrt() * noise)
 
 
 def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0):
-    """Losses of real embeddings f (B, D), of b_virtual virtual embeddings, and of the head for reports.
+    """Three losses: of real embeddings f (B, D), of b_virtual virtual embeddings, and of `certainty`.
 
-    Virtual embeddings (`around`) train the virtual prototypes only. For real embeddings, virtual prototypes
-    are wrong classes. sigma^2 is a running average (rate 0.1). `ramp`, from 0 to 1, scales the margin.
+    For real embeddings, virtual prototypes are wrong classes. Virtual embeddings (`around`) train the virtual
+    prototypes only. `ramp`, from 0 to 1, scales the margin.
 
-    paper: whether f and w are normalised is unstated; here they are, before sigma and f', because the margin
-    acts on the sphere. paper: one mean over both batches; here both sums are divided by b_r, because b_r +
-    b_v would shrink the backbone's step as k grows.
+    paper: whether f and w are normalised is unstated; here they are, because the margin acts on the sphere.
+    paper: one mean over both batches; here both sums are divided by the number of real embeddings, because
+    more virtual people would otherwise shrink the backbone's gradient.
     """
     margin_logits, margin = MARGINS[head]
+    divisor = len(f) + (b_virtual if prototypes.paper else 0)
+
+    def margin_loss(cos, labels, quality):
+        logits = margin_logits(cos, labels, quality, ramp * margin, scale)
+        return F.cross_entropy(logits, labels, reduction="sum") / divisor
+
     with torch.autocast(f.device.type, enabled=False):
         f = f.float()
         n, k = len(prototypes.real), len(prototypes.virtual)
-        count = len(f) + (b_virtual if prototypes.paper else 0)
         direction = F.normalize(f, eps=0.01)            # eps bounds the gradient when the norm is near zero
         W = prototypes.unit()                                                   # (n + k, D)
-        with torch.no_grad():
+        with torch.no_grad():                           # a running average; paper: its rate is 0.1
             prototypes.sigma2.lerp_((direction - W[labels]).square().mean(0), 0.1)
 
         cos = direction @ W.mT                                                  # (B, n + k)
-        quality = norm_quality(f, prototypes)
-        logits = margin_logits(cos, labels, quality, ramp * margin, scale)
-        real_loss = F.cross_entropy(logits, labels) * (len(f) / count)
+        real_loss = margin_loss(cos, labels, norm_quality(f, prototypes))
         head_loss = certainty_loss(f, cos[:, :n], labels, prototypes)
 
-        # W[chosen] is not detached: f' moves with its prototype, so that the prototype learns from where the
-        # others are. Real prototypes are detached: people who exist do not make way.
+        # W[chosen] is not detached: virtual embeddings move with their prototype, and so train it. Real
+        # prototypes are detached: people who exist do not make way.
         chosen = n + torch.randint(max(1, k), (b_virtual,), device=f.device)    # b_virtual is 0 if k is
         virtual_f = around(W[chosen], torch.randn_like(W[chosen]), prototypes.sigma2, prototypes.paper)
-        cos = virtual_f @ torch.cat([W[:n].detach(), W[n:]]).mT                 # (b_v, n + k)
-        quality = torch.zeros_like(cos[:, :1])          # average, because a virtual embedding has no norm
-        logits = margin_logits(cos, chosen, quality, ramp * margin, scale)
-        virtual_loss = F.cross_entropy(logits, chosen, reduction="sum") / count
+        cos = virtual_f @ torch.cat([W[:n].detach(), W[n:]]).mT                 # (b_virtual, n + k)
+        average = torch.zeros_like(cos[:, :1])          # of quality, because all virtual norms are 1
+        virtual_loss = margin_loss(cos, chosen, average)
     return real_loss, virtual_loss, head_loss
+
+
+# ------------------------------------------------------------------------- diffusion: conventions (stage 2)
+#
+#   x_t = a x + s e,   v = a e - s x,   so   x = a x_t - s v,   e = s x_t + a v,   v = (a x_t - x) / s,
+#   a = cos(pi t / 2), s = sin(pi t / 2):  t = 0 is the image x, t = 1 is noise e.
+
+def signal_noise(t):
+    """a and s of time t (B,), shaped (B, 1, 1, 1)."""
+    angle = (t * math.pi / 2).view(-1, 1, 1, 1)
+    return angle.cos(), angle.sin()
 
 
 # ------------------------------------------------------------------------ the Diffusion Transformer (stage 2)
@@ -455,9 +470,10 @@ class DiT(nn.Module):
     Time, prototype and landmarks add up to the adaLN condition. The landmark image also joins the noisy image
     as input channels, which makes the pose exact in space. w = 0 stands for nobody in particular.
 
-    paper: what the network gives is unstated; here it gives x0, from which v follows, because the noise of a
-    wide patch does not fit into one token (as in "Back to Basics: Let Denoising Generative Models Denoise",
-    Li & He 2025). Two convolutions turn tokens and input into pixels, because patches alone leave seams.
+    paper: what the network predicts is unstated; here its last layer gives x0, and `forward` turns that into
+    v, because a token is too narrow for the noise of a wide patch (as in "Back to Basics: Let Denoising
+    Generative Models Denoise", Li & He 2025). Before it, two convolutions see tokens and input, because
+    patches alone leave seams.
     """
 
     FEATURES = 16                                                   # of each pixel, before the convolutions
@@ -486,7 +502,7 @@ class DiT(nn.Module):
 
     def forward(self, x_t, t, w, landmarks):                        # (B, 3, S, S), (B,), (B, D), (B, 5, 2)
         c = self.time(sinusoids(1000 * t, 256))                     # (B, C)
-        c = c + self.identity(w * self.dim ** 0.5)                  # its numbers have variance 1
+        c = c + self.identity(w * self.dim ** 0.5)                  # numbers of size 1, not 1 / sqrt(D)
         c = c + self.pose(4 * landmarks.flatten(1) - 2)             # [0, 1] becomes [-2, 2]
         c = F.silu(c)
 
@@ -502,7 +518,7 @@ class DiT(nn.Module):
         x = F.pixel_shuffle(x, self.patch)                          # (B, FEATURES, S, S)
         x0 = self.pixels(torch.cat([x, image], 1))                  # (B, 3, S, S)
 
-        # v. An error of x0 is divided by s; the clamp bounds that where there is almost no noise.
+        # v = (a x_t - x0) / s; the clamp keeps errors of x0 small where there is almost no noise.
         a, s = signal_noise(t)
         return (a * x_t - x0) / s.clamp(min=0.05)
 
@@ -513,28 +529,18 @@ DIT_SIZES = {
     "B": dict(width=768, depth=12, heads=12),
     "L": dict(width=1024, depth=24, heads=16)}
 
-# How dit_train.py trains them. paper: not given; here B's recipe is untuned, and S and L share it.
+# How dit_train.py trains them. paper: not given; here only Ti's is tuned, because larger ones need a GPU.
 DIT_RECIPES = {"Ti": dict(steps=1100, batch=32, lr=2e-3)}
 DIT_RECIPES |= dict.fromkeys(("S", "B", "L"), dict(steps=200_000, batch=256, lr=2e-4))
 
 
-# ----------------------------------------------------------- diffusion: the one place that states conventions
-#   x_t = a x + s e,   v = a e - s x,   so   x = a x_t - s v   and   e = s x_t + a v,
-#   a = cos(pi t / 2), s = sin(pi t / 2):  t = 0 is the image, t = 1 is noise.
-
-def signal_noise(t):
-    """a and s of time t (B,), shaped (B, 1, 1, 1)."""
-    angle = (t * math.pi / 2).view(-1, 1, 1, 1)
-    return angle.cos(), angle.sin()
-
+# --------------------------------------------------------------- the objective of stage 2, and the sampler
 
 def dit_loss(dit, backbone, x, w, landmarks, drop=0.1, paper=False):
     """Stage 2's two losses on images x (B, 3, S, S) of prototypes w (B, D): MSE of v, and identity.
 
-    paper: the identity loss pulls the drawn face x_hat towards its prototype; here towards f(x), the
-    embedding of this image, because a prototype is more typical of its person than any photograph. Faces
-    pulled towards it lose the variety that a recogniser has to learn from. The loss is weighted by a^2,
-    because near t = 1 x_hat is an average face.
+    paper: the identity loss pulls the drawn face x0 towards its prototype; here towards f(x), the embedding
+    of this image, because faces pulled towards a prototype lose the variety that a recogniser learns from.
     """
     t = torch.randn(len(x), device=x.device).sigmoid()                  # logit-normal (Esser et al. 2024)
     a, s = signal_noise(t)
@@ -542,23 +548,21 @@ def dit_loss(dit, backbone, x, w, landmarks, drop=0.1, paper=False):
     x_t = a * x + s * noise
     v = a * noise - s * x
 
-    # Guidance needs w = 0, nobody. The identity loss applies there, too: x_t still shows who it is.
+    # w = 0 is nobody, for guidance. The identity loss applies then, too: x_t still shows who it is.
     keep = torch.rand(len(x), 1, device=x.device) >= drop
     v_hat = dit(x_t, t, w * keep, landmarks).float()
-    x_hat = a * x_t - s * v_hat
+    x0 = a * x_t - s * v_hat
 
-    f_hat = F.normalize(backbone(x_hat).float())
+    f_hat = F.normalize(backbone(x0).float())
     with torch.no_grad():
         wanted = w if paper else F.normalize(backbone(x).float())
+    # Weighted by a^2, because near t = 1 x0 is an average face.
     identity = ((f_hat - wanted).square().sum(1) * a.flatten() ** 2).mean()
     return F.mse_loss(v_hat, v), identity
 
 
 def guided(dit, w, landmarks, guidance=1.0):
-    """x0 as a function of (x_t, t), in [-1, 1], with classifier-free guidance.
-
-    It is v(0) + g (v(w) - v(0)), where w = 0 is nobody.
-    """
+    """A function (x_t, t) -> x0, in [-1, 1], by classifier-free guidance: v = v(0) + g (v(w) - v(0))."""
     def denoise(x, t):                                                          # (B, 3, S, S), float
         times = torch.full((len(x),), t, device=x.device)
         a, s = signal_noise(times)
@@ -580,16 +584,15 @@ def dpm_solver(denoise, x, steps):
     # From l = -4, almost noise, to 4, almost an image. With ten steps even in t instead, pictures varied half
     # as much in brightness and in fine detail.
     log_snr = torch.linspace(-4, 4, steps - 1).double()
-    times = [1.0, *(torch.exp(-log_snr).atan() * 2 / math.pi).tolist()]         # tan(pi t / 2) = s / a
+    angles = [math.pi / 2, *torch.exp(-log_snr).atan().tolist()]        # pi t / 2, of which s / a is the tangent
     previous = None
-    for t, t_next in zip(times, times[1:]):
-        angle, next_angle = t * math.pi / 2, t_next * math.pi / 2
-        x0 = denoise(x, t)
+    for angle, next_angle in zip(angles, angles[1:]):
+        x0 = denoise(x, angle * 2 / math.pi)
         estimate = x0 if previous is None else 1.5 * x0 - 0.5 * previous
-        # s' / s x + (a' - a s' / s) x0, where ' is the next time
+        # x' = s' / s x + (a' - a s' / s) x0, where ' is the next time; s a' - a s' is the sine of a difference
         x = (math.sin(next_angle) * x + math.sin(angle - next_angle) * estimate) / math.sin(angle)
-        previous = x0 if t < 1 else None                # never from the first step, which is infinitely long
-    return denoise(x, times[-1])
+        previous = x0 if angle < math.pi / 2 else None      # never from the first step, which is infinitely long
+    return denoise(x, angles[-1] * 2 / math.pi)
 
 
 # ---------------------------------------------------------------------------------------------- save and load
@@ -642,7 +645,7 @@ def load_model(folder, stage):
     path = Path(folder) / "model.safetensors"
     with reading(path, f"a finished run of {stage}_train.py"), safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        meta = {"names": []} | json.loads(file.metadata()["vigface"])
+        meta = {"names": []} | json.loads(file.metadata()["vigface"]) | {"sha256": digest(folder)}
         if meta["stage"] != stage or meta["step"] < meta["steps"]:
             raise ValueError(f"it is from {meta['stage']}_train.py, step {meta['step']} of {meta['steps']}")
         # The file may be somebody else's: no huge network, and no path outside of the folder of a set.
@@ -659,7 +662,7 @@ def digest(folder):
 
 
 def build(module, tensors, prefix, path, arguments={}):
-    """module(**arguments) with the tensors named `prefix`..., frozen, for evaluation; refuses other shapes."""
+    """A frozen module(**arguments) with the tensors named `prefix`...; ends the program if they do not fit."""
     with reading(path, f"the weights of a {module.__name__}"):
         with torch.device("meta"):
             net = module(**arguments)
@@ -682,8 +685,7 @@ def load_recogniser(path, bgr=None):
 
 
 def claim(out, settings):
-    """Makes `out` the folder of a run with these settings, kept in run.json; ends the program if it is another's.
-    """
+    """Makes `out` the folder of a run and keeps its settings in run.json; ends the program if they differ."""
     path = Path(out) / "run.json"
     if path.is_file():
         with reading(path, "the settings of a run"):
@@ -691,7 +693,8 @@ def claim(out, settings):
         for key, value in settings.items():
             if before.get(key) != value:
                 fail(f"{path}: started with {key} = {before.get(key)}, now {value}; set it back or change --out")
-    elif path.parent.is_dir() and any(not entry.name.startswith("run.json") for entry in path.parent.iterdir()):
+        return
+    if path.parent.is_dir() and any(not entry.name.startswith("run.json") for entry in path.parent.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1))
@@ -714,7 +717,7 @@ def resume(out, modules):
         for name, module in modules.items():
             module.load_state_dict(state[name])
         step = int(state["step"])
-    print(f"continuing {out} at step {step}")
+    print(f"continuing {out} after step {step}")
     return step
 
 

@@ -76,7 +76,7 @@ def load(args):
     """The DiT, the poses it was trained on, backbone, prototypes and metadata of its recogniser."""
     tensors, meta = load_model(args.dit, "dit")
     backbone, prototypes, fr = load_recogniser(args.fr)
-    if not fr["names"] or digest(args.fr) != meta["fr_sha256"]:
+    if fr.get("sha256") != meta["fr_sha256"]:
         fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it with --fr")
     dit = build(DiT, tensors, "dit", args.dit, meta["config"]).to(DEVICE)
     return dit, tensors["poses.landmarks"], backbone, prototypes, fr
@@ -245,13 +245,13 @@ def main():
     # Who can draw, whom, and who is real.
     dit, poses, backbone, prototypes, fr = load(args)
     W, n = prototypes.to_draw(), len(prototypes.real)
-    names = [*fr["names"], *(f"{digest(args.fr)[:6]}-{i:06d}" for i in range(len(W) - n))]
+    names = [*fr["names"], *(f"{fr['sha256'][:6]}-{i:06d}" for i in range(len(W) - n))]
     faces = Faces(args.real or fr["data"], dit.size)
     rows = rows_of(faces.people, names)                         # of W, for each label
     wanted = people_to_draw(args, names, n, rows[faces.labels])
 
     # A set may be moved, or continued with another --batch.
-    claim(out, vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=digest(args.fr)))
+    claim(out, vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=fr["sha256"]))
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
     real, thresholds = embed_real(backbone, prototypes, faces, rows)
