@@ -26,22 +26,22 @@ from model import DEVICE, fail, reading, replacing, system_failed, to_float
 
 # ---------------------------------------------------------------------------------------------------- images
 
-SUFFIXES = ".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split()
-SUFFIXES.append("")                                     # some sets name their images without a suffix
-Image.init()                # only formats that Pillow reads itself; older ones lack some of them
+SUFFIXES = [*".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split(), ""]     # "": no suffix
+Image.init()                # formats that Pillow reads without other programs; an older Pillow lacks AVIF
 FORMATS = [name for name in "JPEG PNG WEBP AVIF GIF BMP TIFF PPM".split() if name in Image.OPEN]
 
 
 def open_image(file):
     """A PIL image, RGB, of a path or an open file: upright, 8 bits deep, on white where it is transparent."""
     with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > 2 ** 27:
+        if image.width * image.height > 2 ** 27:                            # a header may ask for any memory
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         image.load()
         with contextlib.suppress(Exception):                                # EXIF tags may be broken
             ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":                                               # grey, 16 or 32 bits deep
         values = np.asarray(image).astype(np.float32)
+        # A guess: white is the smallest of the usual numbers that no pixel is above.
         white = next((white for white in (1, 255, 2 ** 16 - 1) if values.max() <= white), values.max())
         image = Image.fromarray((values * 255 / white).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -76,21 +76,21 @@ def demo():
     return str(root)
 
 
-def open_source(name):
-    """The folder of a source, and whether it fills up real people (sample.py --real-to), whom it then names."""
+def check_source(name):
+    """Whether a source shows people of other sources (sample.py --real-to), and its folder."""
     root = Path(name)
     if not (root / "run.json").is_file():
-        return root, False
+        return False, root
     if not (root / "manifest.csv").is_file():
         fail(f"{root}: sample.py has not finished it; give its command again")
     with reading(root / "run.json", "the settings of sample.py"):
-        return root, json.loads((root / "run.json").read_text())["real_to"] is not None
+        return json.loads((root / "run.json").read_text())["real_to"] is not None, root
 
 
 def list_files(root):
     """Yields the names, with slashes, of the files below a folder, however deep they lie; no hidden ones."""
     def refuse(error):
-        raise error                                                 # os.walk would leave the folder out
+        raise error                                 # because os.walk skips a folder that it may not read
 
     if not root.is_dir():
         fail(f"{root}: no such folder")
@@ -110,7 +110,7 @@ def list_images(root):
 
 
 def list_source(root):
-    """Identities, names and offsets of the images of a source: of its train.rec, or else of its folders."""
+    """What a source holds: identity, name and offset (NO_RECORD for a file) of each image."""
     names = list_images(root)
     if (root / "train.rec").is_file():
         if names:
@@ -131,32 +131,34 @@ def open_stored(path, offset):
 
 
 class Faces(Dataset):
-    """Images of one or more sources, united by identity name: images, labels, and landmarks ([0, 1] or NaN).
+    """All images of some sources; equal names of identities are one person.
 
-    An item is an image, uint8 array (3, S, S), and its index. For an image that cannot be read the next one
-    stands in, with its own index. Sets that fit in `memory` bytes are decoded once, others when needed.
+    An item is an image, uint8 array (3, S, S), and its index, by which labels and landmarks ([0, 1], or NaN)
+    are found. In place of an image that cannot be read comes the next one that can, with that one's index.
+    Sets that fit in `memory` bytes are decoded once, others when needed.
     """
 
     def __init__(self, sources, size=None, memory=3e9):
         self.people = {}                                                    # {identity: label}
         self.items = None
-        known = set()                                                       # whom sources of real images name
         paths, offsets, labels, landmarks, sides = [], [], [], [], []
-        for source in sources:
-            root, fills_up = open_source(source)
+        for fills_up, root in sorted(map(check_source, sources), key=lambda source: source[0]):
             identities, names, places = list_source(root)
-            refuse_strangers(root, {*identities}, self.people, () if fills_up else known)
-            known |= set() if fills_up else {*identities}
+            if shared := self.people.keys() & {*identities}:
+                refuse_strangers(root, shared, fills_up)
             labels += [self.people.setdefault(identity, len(self.people)) for identity in identities]
+            first = len(paths)
             paths += [os.fsencode(f"{root}/{name}") for name in names]
             offsets += places
 
-            # The first image that can be read tells the size of all.
+            # The first image that can be read tells the size of all in this source.
             self.paths, self.offsets = paths, offsets
             with reading(root, "images"):
-                side = self.readable(len(paths) - len(names))[0].width
-            sides += [side] * len(names)
-            landmarks.append(read_landmarks(root, names, side))
+                image, i = self.readable(first)
+                if i < first:
+                    raise ValueError("none of its images can be read")
+            sides += [image.width] * len(names)
+            landmarks.append(read_landmarks(root, names, image.width))
 
         # Arrays, because Python lists are copied into every worker.
         self.paths, self.offsets, self.sides = map(np.array, (paths, offsets, sides))
@@ -199,14 +201,14 @@ class Faces(Dataset):
         """Yields images (B, 3, S, S) and their indices (B,) for each batch of indices in `order`."""
         # Workers are slow to start. Arrays reach them by pipe; tensors would need /dev/shm.
         workers = 0 if self.items is not None or len(self) <= 100 else processors()
-        pin = DEVICE.type == "cuda"                                 # also for its thread, which reads ahead
+        pin = DEVICE.type == "cuda"                 # does nothing to arrays, but its thread reads ahead
         loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers, collate_fn=stacked,
                             pin_memory=pin)
         try:
             for images, indices in loader:
                 images = torch.from_numpy(images)
                 yield images.pin_memory() if pin else images, torch.from_numpy(indices)
-        except ValueError as error:                                 # a worker's comes with its traceback
+        except ValueError as error:                 # a worker's has its traceback before the last line
             fail(str(error).splitlines()[-1].removeprefix("ValueError: "))
 
     def scan(self, indices, title):
@@ -215,20 +217,20 @@ class Faces(Dataset):
         return tqdm(self.loader(order), title, len(order), leave=False)
 
 
-def refuse_strangers(root, identities, before, known):
-    """Says which identities of a source are people of the sources `before`; ends the program if they may be others.
+def refuse_strangers(root, shared, fills_up):
+    """Says how many people a source shares with those before it, by their names.
 
-    Bare numbers name different people in different sources: numbers that are `known` already are refused.
+    Ends the program if they are bare numbers, because number 7 is somebody else in every set; not so if the
+    source fills up people of other sources.
     """
-    if shared := before.keys() & identities:
-        print(f"{root}: {len(shared)} of its people are in the sources before it, by their names, such as {min(shared)}")
-    if numbers := [name for name in identities & {*known} if name.isdigit()]:
-        fail(f"{root}: {len(numbers)} of its people are numbers that the sources before it have, too, such as "
-             f"{min(numbers)}; they may be strangers: give them other names, in folders, or use one of the sources")
+    print(f"{root}: {len(shared)} of its people are in other sources, too, by their names, such as {min(shared)}")
+    if not fills_up and any(name.isdigit() for name in shared):
+        fail(f"{root}: people who are numbers in two sources, such as {min(shared)}, may be strangers; give them "
+             "other names, in folders, or use one of the sources")
 
 
 def rows_of(people, names):
-    """Where each of the people (I,) stands in `names`; those who do not get numbers after the last."""
+    """The place in `names` of each of the people (I,); who is not there gets a number after the last."""
     row_of = {name: len(names) + i for i, name in enumerate(people)}
     row_of |= {name: row for row, name in enumerate(names)}
     return torch.tensor([row_of[name] for name in people])
@@ -242,8 +244,8 @@ def stacked(items):
 def batches(faces, batch, seed, first, last):
     """Yields images in [-1, 1], labels and landmarks, on DEVICE, of training steps first to last - 1.
 
-    They follow from seed and step, so a resumed run sees what it would have seen. The rest of an epoch is
-    left out.
+    Seed and step alone decide what a batch holds, so a resumed run sees what it would have seen. Images that
+    do not fill a whole batch are left out of an epoch.
     """
     per_epoch = len(faces) // batch
 
@@ -262,7 +264,7 @@ def batches(faces, batch, seed, first, last):
 # ------------------------------------------------------------------------------------------------ benchmarks
 
 def read_benchmark(path, size):
-    """An InsightFace .bin: uint8 images (2P, 3, S, S), pair p being 2p and 2p + 1; same person or not (P,)."""
+    """Images uint8 (2P, 3, S, S) of an InsightFace .bin, and whether images 2p and 2p + 1 are one person (P,)."""
     from tools.insightface import read_bin
     decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
     with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
@@ -272,7 +274,7 @@ def read_benchmark(path, size):
 
 
 def named_benchmarks(paths):
-    """{name: path} of .bin files, which reports and verification know by the names of the files."""
+    """{name: path} of benchmarks, by the names of their files without .bin."""
     named = {Path(path).stem: str(path) for path in paths}
     if len(named) < len(paths):
         fail(f"{' '.join(map(str, paths))}: expected one benchmark of each name; rename some")
@@ -306,8 +308,7 @@ def write_landmarks(path, rows):
 
 
 def read_landmarks(root, names, side):
-    """Landmarks (M, 5, 2) in [0, 1] of the images `names` of `side` pixels; NaN where landmarks.csv has none.
-    """
+    """Landmarks (M, 5, 2) in [0, 1] of images of `side` pixels, by their names; NaN where there are none."""
     path, row_of = root / "landmarks.csv", {name: i for i, name in enumerate(names)}
     landmarks = torch.full((len(names), 5, 2), torch.nan)
     if not path.is_file():
@@ -325,7 +326,7 @@ def read_landmarks(root, names, side):
     if unknown := rows.keys() - row_of.keys():
         print(f"{path}: {len(unknown)} of its {len(rows)} rows name no image here, such as {min(unknown)}")
     distance = (landmarks - TEMPLATE).norm(dim=2).nanmean()
-    if distance > 0.2:                      # where files were right, 0.15 at most
+    if distance > 0.2:                      # right files had 0.15 at most
         print(f"{path}: WARNING landmarks are {distance:.2f} of the image away from an aligned face's; expected"
               " pixels, x before y, in the order left eye, right eye, nose, left and right mouth corner")
     return landmarks

@@ -27,7 +27,7 @@ flag = parser.add_argument
 flag("--fr", nargs="+", metavar="PATH", help="run folders or published weights (default: every runs/fr*)")
 flag("--bgr", action=argparse.BooleanOptionalAction,
      help="published recognisers read BGR images (default: AdaFace's checkpoints do, others do not)")
-flag("--pairs", nargs="+", metavar="BIN", help="benchmarks (default: those of the first recogniser)")
+flag("--pairs", nargs="*", metavar="BIN", help="benchmarks (default: those of the first recogniser)")
 flag("--datasets", nargs="*", metavar="DIR", help="sets to judge (default: runs/virtual if there)")
 flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the first recogniser's data)")
 flag("--strict", action="store_true", help="exit with code 3 if a set leaks (default: report it)")
@@ -61,9 +61,9 @@ def verification(distance, same, folds=10):
 # ------------------------------------------------------------------------------- quality and leakage of a set
 
 def nearest(queries, targets, labels, target_labels):
-    """Cosine to, and index of, the nearest unit target (K, D) for each unit query (M, D): (M,) each.
+    """For each unit query (M, D), the highest cosine to a unit target of another label, and which target.
 
-    Targets of the same label, (M,) and (K,), do not count.
+    Targets are (T, D); labels are (M,) and (T,). Both results are (M,).
     """
     found = []
     bound = 2 ** 30 if queries.is_cuda else 2 ** 26                     # of the cosines held at once
@@ -75,7 +75,7 @@ def nearest(queries, targets, labels, target_labels):
 
 
 # A set of M images as a judge sees it: f, unit embeddings (M, D); labels (M,); thumbs (M, 256), see
-# `thumbnails`; quality, CR-FIQA scores (M,); faces, a `Faces`; index (M,), which of `faces` an image is.
+# `thumbnails`; quality, CR-FIQA scores (M,); faces, a `Faces`; index (M,), each image's index there.
 FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=(None, None, None, None))
 
 
@@ -90,7 +90,7 @@ def embed_faces(backbone, prototypes, faces):
     kind = torch.half if DEVICE.type == "cuda" else torch.float
     columns = []
     for images, i in faces.scan(torch.arange(len(faces)), "embedding"):
-        f = embed(backbone, images, unit=False) / 2             # of the length that the quality head knows
+        f = embed(backbone, images, unit=False) / 2             # a mean: the quality head knows its length
         columns.append((F.normalize(f).to(kind), thumbnails(images.to(DEVICE)).to(kind),
                         prototypes.certainty(f)[:, 0], i))
     f, thumbs, quality, i = (torch.cat(column) for column in zip(*columns))
@@ -145,22 +145,20 @@ def resemblance(faces, real, own=None):
 
 
 def thresholds_of(real, strangers):
-    """{test: cosine} below which 99 % of real images stay against other people, and the cap on these
-    thresholds.
+    """{test: cosine} that 99 % of real images stay below with other people, and the cap on these thresholds.
 
-    The cap is the median cosine of an image to the centre of its person's other images: a weak judge, or a
-    set with wrong labels, would otherwise let copies pass. The threshold of copies lies halfway between what
+    The cap is the median cosine of an image to the centre of its person's other images. Without it, a weak
+    judge or a set with wrong labels would let copies pass. The threshold of copies lies halfway between what
     99.9 % stay below and 1, at most 0.99.
     """
     if len(real.faces.people) < 2:
         fail("--real: expected two people or more; with one, strangers are unknown")
     total, count = class_sums(real.f, real.labels)
-    several = count[real.labels] > 1
-    others = total[real.labels[several]] - real.f[several]
-    own = F.cosine_similarity(others, real.f[several])
-    cap = quantile(own, 0.5) if len(own) else 1.0
-    thresholds = {test: min(cap, quantile(strangers[test][0], 0.99)) for test in ("centre", "image")}
-    thresholds["copy"] = min(0.99, (1 + quantile(strangers["copy"][0], 0.999)) / 2)
+    to_rest = F.cosine_similarity(total[real.labels] - real.f, real.f)[count[real.labels] > 1]
+    cap = quantile(to_rest, 0.5) if len(to_rest) else 1.0
+    thresholds = {test: min(cap, quantile(cosine, 0.99)) for test, (cosine, _) in strangers.items()}
+    if "copy" in strangers:
+        thresholds["copy"] = min(0.99, (1 + quantile(strangers["copy"][0], 0.999)) / 2)
     return thresholds, cap
 
 
@@ -179,18 +177,18 @@ def report_row(data, found, thresholds, prototypes):
     identities are over it to one person with most of their images; at most one image in 10,000 is a copy.
     """
     consistency, separability = consistency_separability(data.f, data.labels)
-    over = {test: int((cosine > thresholds[test]).sum()) for test, (cosine, _) in found.items()}
     people, images = len(data.faces.people), len(data.f)
-    whole = identities_over(data.labels, found["centre"], thresholds["centre"])
-    leaks = (max(over["centre"], over["image"]) > 0.01 * images or whole > 0.005 * people
-             or over["copy"] > 1e-4 * images)
+    over = {test: int((cosine > thresholds[test]).sum()) for test, (cosine, _) in found.items()}
+    over["identity"] = identities_over(data.labels, found["centre"], thresholds["centre"])
+    allowed = dict(centre=0.01 * images, image=0.01 * images, copy=1e-4 * images, identity=0.005 * people)
+    leaks = any(over[test] > most for test, most in allowed.items())
     leakage = {
         "verdict": "leaks" if leaks else "clean",
         "median": quantile(found["centre"][0], 0.5),
         "q99": quantile(found["centre"][0], 0.99),
         "threshold": thresholds["centre"],
         "images_over": over["centre"],
-        "identities_over": whole,
+        "identities_over": over["identity"],
         "image_threshold": thresholds["image"],
         "images_over_image": over["image"],
         "copy_threshold": thresholds["copy"],
@@ -230,14 +228,14 @@ def draw_closest(path, data, found, real):
 # ----------------------------------------------------------------------------------------------------- report
 
 def averaged_of(benchmarks):
-    """The names of the benchmarks that the average is of: the field's five, so that it compares, or else all."""
+    """The benchmarks that are averaged: the field's five, so that averages compare, or all if none is there."""
     return [name for name in FIELD if name in benchmarks] or [*benchmarks]
 
 
 def verify(recognisers, benchmarks, averaged):
     """{recogniser: {benchmark: {accuracy, std}, "average": of those `averaged`}}, on benchmarks {name: path}."""
     models = {folder: {} for folder in recognisers}
-    read = lru_cache(1)(read_benchmark)                         # once for all recognisers of one size
+    read = lru_cache(1)(read_benchmark)                         # again only where the size changes
     for name in dict.fromkeys([*averaged, *benchmarks]):        # in the field's order
         for folder, (backbone, _, _) in recognisers.items():
             images, same = read(benchmarks[name], backbone.config["size"])
@@ -293,7 +291,7 @@ def main():
     datasets = args.datasets
     if datasets is None:
         datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() and sources else []
-    benchmarks = named_benchmarks(args.pairs or meta["val"])
+    benchmarks = named_benchmarks(meta["val"] if args.pairs is None else args.pairs)
     if not datasets and (args.strict or not benchmarks):
         fail("there is no set to judge: sample one, or name it with --datasets; or name benchmarks with --pairs")
     if datasets and not sources:

@@ -11,8 +11,8 @@ One picture, in short:
     denoise = guided(dit, w, landmarks, guidance)                               # in which pose
     image = dpm_solver(denoise, noise, steps)
 
-Pictures are drawn in rounds: first each one once, then again those that came too near a real person, until
-they have had five attempts; what is too near even then is left out. Each batch is drawn, judged and written.
+Pictures are drawn in rounds: first each one once, then again those that came too near a real person. A
+picture that is too near even after five attempts is left out. Each batch is drawn, judged and written.
 
 Writes OUT/3fa2b1-000123/0007.jpg (eighth picture of virtual prototype 123 of a recogniser 3fa2b1...),
 manifest.csv (a row for each picture drawn, with its verdict), landmarks.csv, grid.jpg. The same command
@@ -57,7 +57,8 @@ flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 ATTEMPTS = 5        # paper: unstated; here pictures too near a real person are drawn again
 
-# A picture to draw: the index-th of the person with this row of W and this name, in a training face's pose.
+# A picture to draw: of which person (their row of W, and name), which of their pictures, at which attempt, and
+# in the pose of which training face.
 Job = namedtuple("Job", "row name index attempt pose")
 
 # What became of it: a row of manifest.csv.
@@ -83,9 +84,9 @@ def load(args):
 
 
 def embed_real(backbone, prototypes, faces, rows):
-    """The FaceSet of real faces, labelled with the rows of W (I,), and what a picture's cosines must stay below."""
+    """The FaceSet of real faces, labelled with the rows of W (I,), and the thresholds for pictures."""
     real = embed_faces(backbone, prototypes, faces)
-    real = real._replace(labels=rows.to(DEVICE)[real.labels])
+    real = real._replace(labels=rows.to(DEVICE)[real.labels], thumbs=None)      # drawn pictures are no copies
     thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
     return real, thresholds
 
@@ -96,7 +97,7 @@ def people_to_draw(args, names, n, rows):
         images = torch.bincount(rows).tolist()
         wanted = {row: args.real_to - count for row, count in enumerate(images[:n]) if 0 < count < args.real_to}
         if not wanted:
-            fail(f"--real-to {args.real_to}: nobody whom {args.fr} knows has 1 to {args.real_to - 1} images; give more")
+            fail(f"--real-to {args.real_to}: nobody whom {args.fr} knows has 1 to {args.real_to - 1} images; name more")
         return wanted
     k = len(names) - n
     if args.virtual > k:
@@ -107,14 +108,13 @@ def people_to_draw(args, names, n, rows):
 # ------------------------------------------------------------------------------------------ draw, judge, write
 
 def make_job(seed, row, names, index, attempt, poses):
-    """The Job of a picture, in one of so many `poses`, chosen by chance, which a redraw keeps."""
+    """The Job of a picture; all attempts at it have the same one of so many `poses`, chosen by chance."""
     # paper: does not say which poses; here any training face's, because poses even over yaw taught no more.
     return Job(row, names[row], index, attempt, seed_of(seed, names[row], index) % poses)
 
 
 def draw(dit, W, poses, jobs, args):
-    """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed; the last job fills the batch up.
-    """
+    """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed; the last one fills the batch."""
     jobs = jobs + jobs[-1:] * (args.batch - len(jobs))          # one shape: nothing is compiled again
     noise = []
     for job in jobs:
@@ -139,17 +139,14 @@ def judge(backbone, W, real, thresholds, jobs, images):
     centre, image = near["centre"][0], near["image"][0]
     leaks = (centre > thresholds["centre"]) | (image > thresholds["image"])
 
-    verdicts = []
-    for job, leak, cosines in zip(jobs, leaks.tolist(), torch.stack([own, centre, image], 1).tolist()):
-        file, verdict = f"{job.name}/{job.index:04d}.jpg", "leak" if leak else "accepted"
-        cosines = (f"{cosine:.4f}" for cosine in cosines)
-        verdicts.append(Verdict(file, job.name, job.index, job.attempt, job.pose, verdict, *cosines))
-    return verdicts
+    cosines = torch.stack([own, centre, image], 1).tolist()
+    return [Verdict(f"{job.name}/{job.index:04d}.jpg", job.name, job.index, job.attempt, job.pose,
+                    "leak" if leak else "accepted", *map("{:.4f}".format, row))
+            for job, leak, row in zip(jobs, leaks.tolist(), cosines)]
 
 
 def write_batch(out, jobs, images, verdicts):
-    """Writes the accepted ones of uint8 images (B, 3, S, S), then the verdicts, which say that this is done.
-    """
+    """Writes the accepted ones of uint8 images (B, 3, S, S), and then the verdicts: the batch is done."""
     def write(verdict, image):
         if verdict.verdict == "accepted":
             with replacing(out / verdict.file) as path:
@@ -163,21 +160,21 @@ def write_batch(out, jobs, images, verdicts):
 
 
 def attempts_after(verdict):
-    """How many attempts a picture has had after this one; an accepted one counts as having had all."""
+    """How many attempts a picture has had after this verdict; an accepted one counts as having had all."""
     return ATTEMPTS if verdict.verdict == "accepted" else int(verdict.attempt) + 1
 
 
 def verdicts_of(out):
     """Yields the verdicts on all pictures that have been drawn for the set `out`, in no order."""
-    for path in (out / ".verdicts").glob("*.csv"):
-        with contextlib.suppress(FileNotFoundError):            # another rank completed the set just now
+    with contextlib.suppress(FileNotFoundError):                # another rank has just completed the set
+        for path in (out / ".verdicts").glob("*.csv"):
             yield from map(Verdict._make, read_csv(path)[1:])
 
 
 def attempts_made(out, people):
     """How many attempts each picture of {name: number of pictures} has had: int8 (people, pictures).
 
-    ATTEMPTS says that there is nothing left to do, also where a person wants fewer pictures than others.
+    ATTEMPTS says that nothing is left to draw, also where a person gets fewer pictures than others.
     """
     made = np.full((len(people), max(people.values(), default=0)), ATTEMPTS, np.int8)
     line_of = dict(zip(people, made))
@@ -199,7 +196,7 @@ def rounds(made, batch):
 
 
 def finish(out, total, poses, size):
-    """Writes landmarks.csv, grid.jpg and manifest.csv, if all pictures are settled; says how it went."""
+    """If nothing is left to draw, writes landmarks.csv, grid.jpg and manifest.csv, and says how it went."""
     # Texts, because millions of tuples would not fit in memory. No file's name holds a zero byte.
     drawn = sorted({"\0".join(verdict) for verdict in verdicts_of(out)})
     verdicts = lambda: (Verdict(*text.split("\0")) for text in drawn)
@@ -223,7 +220,7 @@ def finish(out, total, poses, size):
 
 
 def draw_grid(out, accepted, rows=8, columns=8):
-    """Writes grid.jpg: a row of pictures, even over what there is, of each of the first people."""
+    """Writes grid.jpg: a row for each of the first people, of pictures at even distances among theirs."""
     people = itertools.groupby(accepted, lambda verdict: verdict.identity)
     people = [[verdict.file for verdict in some] for _, some in itertools.islice(people, rows)]
     columns = min(columns, max(map(len, people)))
@@ -261,7 +258,7 @@ def main():
     made = attempts_made(out, {names[row]: wanted[row] for row in mine})
     fast = compiled(dit, sum(wanted.values()) * args.steps)     # by the whole set, so that all ranks decide alike
     with tqdm(total=int((made < ATTEMPTS).sum()), desc=out.name) as progress, ThreadPoolExecutor(1) as writer:
-        writing = writer.submit(bool)                           # nothing yet
+        writing = writer.submit(bool)                           # before the first batch, nothing
         for attempt, some in rounds(made, args.batch):
             lines, indices = np.unravel_index(some, made.shape)
             jobs = [make_job(args.seed, row, names, index, attempt, len(poses))

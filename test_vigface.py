@@ -1902,6 +1902,9 @@ def test_an_unreadable_image_is_warned_about_and_a_set_of_them_refused(tmp_path,
         path.write_bytes(b"broken")
     with pytest.warns(UserWarning):
         assert "any other" in stops(capsys, data.Faces, [tmp_path / "a"])
+    folder(tmp_path / "b", 1, 1)
+    with pytest.warns(UserWarning):                         # images of other sources do not stand in
+        assert "a: expected images" in stops(capsys, data.Faces, [tmp_path / "b", tmp_path / "a"])
 
 
 def test_a_training_step_waits_for_no_copy(tmp_path, monkeypatch):
@@ -2214,7 +2217,8 @@ def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pi
     real, thresholds = sample.embed_real(backbone, prototypes, faces, rows)
     naive = evaluate.embed_faces(backbone, prototypes, faces)
     strangers = evaluate.resemblance(naive, naive, naive.labels)
-    assert thresholds == evaluate.thresholds_of(naive, strangers)[0]
+    expected, _ = evaluate.thresholds_of(naive, strangers)
+    assert thresholds == {"centre": expected["centre"], "image": expected["image"]}
     prototypes.settle(model.person_moment(naive.f, naive.labels))
     assert same(W, prototypes.to_draw(), 1e-4)              # stage 1 did so before its last save
 
