@@ -26,7 +26,7 @@ from model import DEVICE, fail, reading, replacing, system_failed, to_float
 
 # ---------------------------------------------------------------------------------------------------- images
 
-SUFFIXES = [*".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split(), ""]     # "": no suffix
+SUFFIXES = [*".jpg .jpeg .jfif .png .webp .avif .gif .bmp .tif .tiff .pgm .ppm".split(), ""]   # "": none
 Image.init()                # formats that Pillow reads without other programs; an older Pillow lacks AVIF
 FORMATS = [name for name in "JPEG PNG WEBP AVIF GIF BMP TIFF PPM".split() if name in Image.OPEN]
 
@@ -193,8 +193,8 @@ class Faces(Dataset):
         image, i = self.readable(i)
         side = self.sides[i]
         if image.size != (side, side):
-            raise ValueError(f"{self.path(i)}: {image.width} x {image.height} pixels, expected {side} x {side}: "
-                             "aligned faces, square and all of one size in a source; tools/align.py makes them")
+            raise ValueError(f"{self.path(i)}: {image.width} x {image.height} pixels, expected {side} x "
+                             f"{side}: aligned faces are square and of one size; tools/align.py makes them")
         return to_tensor(image, self.size).numpy(), i
 
     def loader(self, order):
@@ -202,8 +202,8 @@ class Faces(Dataset):
         # Workers are slow to start. Arrays reach them by pipe; tensors would need /dev/shm.
         workers = 0 if self.items is not None or len(self) <= 100 else processors()
         pin = DEVICE.type == "cuda"                 # does nothing to arrays, but its thread reads ahead
-        loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers, collate_fn=stacked,
-                            pin_memory=pin)
+        loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers,
+                            collate_fn=stacked, pin_memory=pin)
         try:
             for images, indices in loader:
                 images = torch.from_numpy(images)
@@ -223,10 +223,10 @@ def refuse_strangers(root, shared, fills_up):
     Ends the program if they are bare numbers, because number 7 is somebody else in every set; not so if the
     source fills up people of other sources.
     """
-    print(f"{root}: {len(shared)} of its people are in other sources, too, by their names, such as {min(shared)}")
+    print(f"{root}: {len(shared)} of its people are in other sources, too, such as {min(shared)}")
     if not fills_up and any(name.isdigit() for name in shared):
-        fail(f"{root}: people who are numbers in two sources, such as {min(shared)}, may be strangers; give them "
-             "other names, in folders, or use one of the sources")
+        fail(f"{root}: people who are numbers in two sources, such as {min(shared)}, may be strangers; give "
+             "them other names, in folders, or use one of the sources")
 
 
 def rows_of(people, names):
@@ -264,7 +264,7 @@ def batches(faces, batch, seed, first, last):
 # ------------------------------------------------------------------------------------------------ benchmarks
 
 def read_benchmark(path, size):
-    """Images uint8 (2P, 3, S, S) of an InsightFace .bin, and whether images 2p and 2p + 1 are one person (P,)."""
+    """Images uint8 (2P, 3, S, S) of an InsightFace .bin; whether images 2p and 2p + 1 are one person (P,)."""
     from tools.insightface import read_bin
     decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
     with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
@@ -327,6 +327,6 @@ def read_landmarks(root, names, side):
         print(f"{path}: {len(unknown)} of its {len(rows)} rows name no image here, such as {min(unknown)}")
     distance = (landmarks - TEMPLATE).norm(dim=2).nanmean()
     if distance > 0.2:                      # right files had 0.15 at most
-        print(f"{path}: WARNING landmarks are {distance:.2f} of the image away from an aligned face's; expected"
-              " pixels, x before y, in the order left eye, right eye, nose, left and right mouth corner")
+        print(f"{path}: WARNING landmarks are {distance:.2f} of the image away from an aligned face's; they "
+              "should be pixels, x before y, of left eye, right eye, nose, left and right mouth corner")
     return landmarks

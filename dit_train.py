@@ -16,9 +16,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Faces, batches, rows_of
-from model import (DEVICE, DIT_RECIPES, DIT_SIZES, DiT, autocast, claim, compiled, dit_loss, dpm_solver, embed, fail, guided,
-                   load_recogniser, log, positive, replacing, resume, run, save_model, save_state,
-                   stop_unless_finite, to_uint8)
+from model import (DEVICE, DIT_RECIPES, DIT_SIZES, DiT, autocast, claim, compiled, dit_loss, dpm_solver,
+                   embed, fail, guided, load_recogniser, log, positive, replacing, resume, run, save_model,
+                   save_state, stop_unless_finite, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -53,7 +53,7 @@ def preview(path, dit, backbone, w, landmarks, seed):
     noise = torch.randn(8 * len(w), 3, dit.size, dit.size, generator=generator).to(DEVICE)
     everybody = w.repeat_interleave(8, 0)
     with autocast():
-        denoise = guided(dit, everybody, poses.repeat(len(w), 1, 1), guidance=2.0)      # tells earlier who it is
+        denoise = guided(dit, everybody, poses.repeat(len(w), 1, 1), guidance=2.0)      # clearer early on
         images = to_uint8(dpm_solver(denoise, noise, steps=10))
     with replacing(path) as temporary:
         save_image(images.cpu() / 255, temporary, "JPEG", nrow=8, padding=1)
@@ -77,16 +77,14 @@ def main():
     backbone, prototypes, fr = load_recogniser(args.fr)
     if not fr["names"]:
         fail(f"{args.fr}: expected a run of fr_train.py, with prototypes")
-    args.data = args.data or fr["data"]
-    faces = Faces(args.data, fr["config"]["size"])
+    faces = Faces(args.data or fr["data"], fr["config"]["size"])
     W, n = prototypes.to_draw(), len(prototypes.real)
-    shown, of_real = torch.cat([W[:n][:4], W[n:][:4]]), min(4, n)       # in previews
+    shown = torch.cat([W[:n][:4], W[n:][:4]])                           # in previews
     if unknown := sorted(faces.people.keys() - fr["names"]):
-        fail(f"{args.fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on this --data")
-    own_w = W[rows_of(faces.people, fr["names"])]                       # own_w[label]: that person's prototype
+        fail(f"{args.fr}: {len(unknown)} people have no prototype, such as {unknown[0]}; train it on them")
+    own_w = W[rows_of(faces.people, fr["names"])]                       # own_w[label]: the person's prototype
 
     fill_in(args, faces)
-    steps, batch = args.steps, args.batch
     # What must not change when a run continues; --out and --weights may.
     claim(out, vars(args) | dict(fr=fr["sha256"], images=len(faces), out=None, weights=None))
     if faces.landmarks.isnan().any():
@@ -94,23 +92,26 @@ def main():
         complete_landmarks(faces, out, args.weights)
 
     # The network, its average, and the state of a run that was killed.
+    steps, seen = args.steps, args.steps * args.batch
     torch.manual_seed(args.seed)
     name, patch = args.arch.split("/")
     dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[name]).to(DEVICE)
     average = copy.deepcopy(dit).requires_grad_(False)
     decay = min(0.9999, steps / (steps + 20))               # the average spans a twentieth of short runs
-    fast, fast_backbone = compiled(dit, steps * batch), compiled(backbone, steps * batch)
-    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    fast, fast_backbone = compiled(dit, seen), compiled(backbone, seen)
+    optimizer = torch.optim.AdamW(dit.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     modules = {"dit": dit, "average": average, "optimizer": optimizer}
     first = resume(out, modules)
 
     every = min(5000, math.ceil(steps / 6))                 # steps between previews and saves
     losses = torch.zeros(2, device=DEVICE)
-    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, leave=False, initial=first)
+    order = batches(faces, args.batch, args.seed, first, steps)
+    progress = tqdm(order, out.name, steps, leave=False, initial=first)
     for step, (x, labels, landmarks) in enumerate(progress, first):
         torch.manual_seed(args.seed * 1_000_003 + step)     # a resumed run repeats itself
-        for group in optimizer.param_groups:                # warm-up, then linearly down
-            group["lr"] = args.lr * min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
+        # The learning rate rises for 2 % of the steps, then falls linearly.
+        slope = min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
+        optimizer.param_groups[0]["lr"] = args.lr * slope
 
         x, landmarks = mirror(x, landmarks)
         with autocast():
@@ -134,7 +135,7 @@ def main():
             parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
             save_model(out, "dit", average.config, parts, fr_sha256=fr["sha256"], step=step + 1, steps=steps)
             line = f"step {step + 1:6d}/{steps}  loss v {mse:.4f} identity {identity:.4f}  own cosine"
-            for kind, own in (("real", cosines[:of_real]), ("virtual", cosines[of_real:])):
+            for kind, own in (("real", cosines[:min(4, n)]), ("virtual", cosines[min(4, n):])):
                 line += f" {kind} {own.mean():.3f}" if len(own) else ""
             log(out, line)
             save_state(out, step + 1, modules)                  # last: never newer than the model

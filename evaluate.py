@@ -103,9 +103,9 @@ def quantile(values, q):
 
 
 def consistency_separability(f, labels):
-    """C, mean cosine of two images of a class, None if no class has two; S, mean cosine distance of two centres.
+    """C, mean cosine of two images of a class (None if no class has two); S, mean cosine distance of centres.
 
-    The m unit vectors of a set have the sum s: s^2 = m + sum of f_i f_j over i != j. So the mean cosine of two
+    If m unit vectors f_i have the sum s, then s^2 = m + sum of f_i f_j over i != j. So the mean cosine of two
     of them is (s^2 - m) / (m (m - 1)).
     """
     def mean_cosine(sum_of, m):
@@ -228,12 +228,12 @@ def draw_closest(path, data, found, real):
 # ----------------------------------------------------------------------------------------------------- report
 
 def averaged_of(benchmarks):
-    """The benchmarks that are averaged: the field's five, so that averages compare, or all if none is there."""
+    """The benchmarks that are averaged: those of the field's five, so that averages compare, or else all."""
     return [name for name in FIELD if name in benchmarks] or [*benchmarks]
 
 
 def verify(recognisers, benchmarks, averaged):
-    """{recogniser: {benchmark: {accuracy, std}, "average": of those `averaged`}}, on benchmarks {name: path}."""
+    """{recogniser: {benchmark: {accuracy, std}, average: accuracy}} on benchmarks {name: path}."""
     models = {folder: {} for folder in recognisers}
     read = lru_cache(1)(read_benchmark)                         # again only where the size changes
     for name in dict.fromkeys([*averaged, *benchmarks]):        # in the field's order
@@ -293,7 +293,7 @@ def main():
         datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() and sources else []
     benchmarks = named_benchmarks(meta["val"] if args.pairs is None else args.pairs)
     if not datasets and (args.strict or not benchmarks):
-        fail("there is no set to judge: sample one, or name it with --datasets; or name benchmarks with --pairs")
+        fail("there is no set to judge: sample one, name one with --datasets, or benchmarks with --pairs")
     if datasets and not sources:
         fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
 

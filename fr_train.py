@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from data import Faces, batches, demo, named_benchmarks, read_benchmark
 from evaluate import pair_distances, verification
-from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, claim, compiled, embed, fail, log,
-                   person_moment, positive, resume, run, save_model, save_state, stop_unless_finite, vigface_loss,
-                   virtual_batch_size)
+from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, claim, compiled, embed,
+                   fail, log, person_moment, positive, resume, run, save_model, save_state, stop_unless_finite,
+                   vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -29,7 +29,7 @@ flag("--size", type=int, help="image side in pixels, a multiple of 16 (default: 
 flag("--arch", choices=RECOGNISERS, help="network (default: tiny up to 64 pixels, ir_se50 above)")
 flag("--head", choices=MARGINS, default="arcface", help="margin (default: %(default)s)")
 flag("--virtual", type=int, metavar="K", help="virtual prototypes (default: as many as real identities)")
-flag("--paper", action="store_true", help="exactly as published: see Prototypes and vigface_loss (default: off)")
+flag("--paper", action="store_true", help="as published: see Prototypes and vigface_loss (default: off)")
 flag("--epochs", type=positive, help="(default: by network, see RECOGNISERS, and at least 1,250 steps)")
 flag("--batch", type=positive, help="images per step (default: by network, see RECOGNISERS)")
 flag("--lr", type=float, default=0.1, help="learning rate per 512 images of a batch (default: %(default)s)")
@@ -50,7 +50,7 @@ def make_optimizer(parameters):
 
 
 def augment(x, p=0.2):
-    """Mirrors half of the images (B, 3, S, S); of a share p keeps a random box and blacks out the rest (AdaFace)."""
+    """Mirrors half of the images (B, 3, S, S); of a share p only a random box is left (AdaFace)."""
     B, _, S, _ = x.shape
 
     def uniform(low, high):
@@ -86,7 +86,8 @@ def fill_in(args, faces):
 
 def settle(backbone, prototypes, faces):
     """Settles the virtual prototypes by the embeddings of all faces, which takes a pass over the images."""
-    seen = [(embed(backbone, images), faces.labels[i]) for images, i in faces.scan(torch.arange(len(faces)), "settling")]
+    every = torch.arange(len(faces))
+    seen = [(embed(backbone, images), faces.labels[i]) for images, i in faces.scan(every, "settling")]
     f, labels = map(torch.cat, zip(*seen))
     prototypes.settle(person_moment(f, labels.to(f.device)))
 
@@ -119,7 +120,8 @@ def main():
     # Whole epochs, at least a tenth of the run and 100 steps, between tests and saves.
     every = per_epoch * math.ceil(max(1000, steps) / (10 * per_epoch))
     losses = torch.zeros(3, device=DEVICE)
-    progress = tqdm(batches(faces, batch, args.seed, first, steps), out.name, steps, leave=False, initial=first)
+    order = batches(faces, batch, args.seed, first, steps)
+    progress = tqdm(order, out.name, steps, leave=False, initial=first)
     for step, (x, labels, _) in enumerate(progress, first):
         torch.manual_seed(args.seed * 1_000_003 + step)                 # a resumed run repeats itself
         lr = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
@@ -128,7 +130,7 @@ def main():
 
         with autocast():
             f = fast(augment(x))
-        # paper: unstated; here the margin grows over a tenth of the run, because prototypes collapsed without.
+        # paper: unstated; here the margin grows over a tenth of the run, because prototypes had collapsed.
         parts = vigface_loss(f, labels, prototypes, virtual_batch_size(step, k, batch, n), args.head,
                              ramp=min(1, 10 * step / steps), scale=recipe["scale"])
         sum(parts).backward()
@@ -147,8 +149,8 @@ def main():
             if step + 1 == steps and k and not args.paper:
                 settle(backbone, prototypes, faces)
             weights = {name: modules[name].state_dict() for name in ("backbone", "prototypes")}
-            save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, names=[*faces.people],
-                       data=args.data, val=[*map(str, val)], step=step + 1, steps=steps)
+            save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, step=step + 1,
+                       steps=steps, names=[*faces.people], data=args.data, val=[*map(str, val)])
             line = f"epoch {(step + 1) // per_epoch}/{args.epochs}  lr {lr:.4f}  "
             line += "loss real {:.3f} virtual {:.3f} certainty {:.3f}".format(*means)
             for name, (images, same) in benchmarks.items():

@@ -224,7 +224,7 @@ class Prototypes(nn.Module):
         self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
         self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
         self.certainty = nn.Linear(dim, 1)                              # see `certainty_loss`
-        self.register_buffer("settled", torch.zeros(k, dim))            # virtual ones for stage 2: see `settle`
+        self.register_buffer("settled", torch.zeros(k, dim))            # virtual ones for stage 2
         self.register_buffer("sigma2", torch.zeros(dim))                # mean (f - w)^2, for unit f and w
         self.register_buffer("norm_mean", torch.tensor(20.0))           # AdaFace: mean and standard deviation
         self.register_buffer("norm_std", torch.tensor(100.0))           # of norms, with its initial values
@@ -279,8 +279,8 @@ def class_sums(f, labels):
 def person_moment(f, labels):
     """How people differ: the second moment (D, D), scaled to trace 1, of what a person's images share.
 
-    It is the mean of f_i f_j^T over pairs i != j of a person's images (M, D), which share the person only. The
-    sum over these pairs is that over all pairs, the sum of f times its transpose, without the pairs i = j.
+    It is the mean of f_i f_j^T over pairs i != j of a person's images (M, D), which share the person only.
+    The sum over these pairs is that over all pairs, s s^T with s the sum of f_i, less that of f_i f_i^T.
     """
     sums, count = class_sums(f, labels)
     weight = (count > 1) / (count * (count - 1)).clamp(min=1)           # one image is no pair
@@ -584,14 +584,14 @@ def dpm_solver(denoise, x, steps):
     # From l = -4, almost noise, to 4, almost an image. With ten steps even in t instead, pictures varied half
     # as much in brightness and in fine detail.
     log_snr = torch.linspace(-4, 4, steps - 1).double()
-    angles = [math.pi / 2, *torch.exp(-log_snr).atan().tolist()]        # pi t / 2, of which s / a is the tangent
+    angles = [math.pi / 2, *torch.exp(-log_snr).atan().tolist()]        # pi t / 2; its tangent is s / a
     previous = None
     for angle, next_angle in zip(angles, angles[1:]):
         x0 = denoise(x, angle * 2 / math.pi)
         estimate = x0 if previous is None else 1.5 * x0 - 0.5 * previous
-        # x' = s' / s x + (a' - a s' / s) x0, where ' is the next time; s a' - a s' is the sine of a difference
+        # x' = s' / s x + (a' - a s' / s) x0, with ' at the next time; s a' - a s' is the sine of a difference
         x = (math.sin(next_angle) * x + math.sin(angle - next_angle) * estimate) / math.sin(angle)
-        previous = x0 if angle < math.pi / 2 else None      # never from the first step, which is infinitely long
+        previous = x0 if angle < math.pi / 2 else None      # not from the first step, of infinite length
     return denoise(x, angles[-1] * 2 / math.pi)
 
 
@@ -662,7 +662,7 @@ def digest(folder):
 
 
 def build(module, tensors, prefix, path, arguments={}):
-    """A frozen module(**arguments) with the tensors named `prefix`...; ends the program if they do not fit."""
+    """A frozen module(**arguments) with the tensors named `prefix`...; ends the program if they misfit."""
     with reading(path, f"the weights of a {module.__name__}"):
         with torch.device("meta"):
             net = module(**arguments)
@@ -692,7 +692,8 @@ def claim(out, settings):
             before = dict(json.loads(path.read_text()))
         for key, value in settings.items():
             if before.get(key) != value:
-                fail(f"{path}: started with {key} = {before.get(key)}, now {value}; set it back or change --out")
+                fail(f"{path}: started with {key} = {before.get(key)}, now {value}; set it back, or name "
+                     "another --out")
         return
     if path.parent.is_dir() and any(not entry.name.startswith("run.json") for entry in path.parent.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
@@ -731,6 +732,6 @@ def log(out, line):
 def stop_unless_finite(losses, step, out):
     """Mean losses, a tensor, as floats; ends the run if one is not finite. Its last checkpoint stays."""
     if not losses.isfinite().all():
-        fail(f"{out}: the loss is {losses.tolist()} at step {step}; the last checkpoint is kept; start again with "
-             "a lower --lr and another --out")
+        fail(f"{out}: the loss is {losses.tolist()} at step {step}; the last checkpoint is kept; start again "
+             "with a lower --lr and another --out")
     return losses.tolist()

@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from data import Faces, open_image, read_csv, rows_of, write_csv, write_landmarks
 from evaluate import FaceSet, embed_faces, resemblance, thresholds_of
-from model import (DEVICE, RANK, DiT, autocast, build, claim, compiled, digest, dpm_solver, embed, fail, guided,
-                   load_model, load_recogniser, positive, replacing, run, to_uint8)
+from model import (DEVICE, RANK, DiT, autocast, build, claim, compiled, digest, dpm_solver, embed, fail,
+                   guided, load_model, load_recogniser, positive, replacing, run, to_uint8)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -45,9 +45,9 @@ flag("--dit", default="runs/dit", metavar="DIR", help="the DiT's run folder (def
 flag("--fr", default="runs/fr", metavar="DIR", help="the recogniser's run folder (default: %(default)s)")
 flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the recogniser's data)")
 flag("--out", metavar="DIR", help="the set's folder (default: runs/virtual; runs/real-aug with --real-to)")
-flag("--virtual", type=positive, default=2000, metavar="K", help="identities, 0 to K-1 (default: %(default)s)")
+flag("--virtual", type=positive, default=2000, metavar="K", help="virtual people (default: %(default)s)")
 flag("--per-id", type=positive, default=4, help="pictures of each (default: %(default)s)")
-flag("--real-to", type=positive, metavar="N", help="instead, fill every real person up to N images (default: off)")
+flag("--real-to", type=positive, metavar="N", help="instead, fill up every real person to N images")
 flag("--steps", type=int, default=10, help="solver steps (default: %(default)s)")
 flag("--guidance", type=float, help="classifier-free, 1 for none (default: 1; 4 with --paper)")
 flag("--paper", action="store_true", help="guidance 4, as published (default: off)")
@@ -57,8 +57,8 @@ flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 ATTEMPTS = 5        # paper: unstated; here pictures too near a real person are drawn again
 
-# A picture to draw: of which person (their row of W, and name), which of their pictures, at which attempt, and
-# in the pose of which training face.
+# A picture to draw: of which person (their row of W, and name), which of their pictures, at which attempt,
+# and in the pose of which training face.
 Job = namedtuple("Job", "row name index attempt pose")
 
 # What became of it: a row of manifest.csv.
@@ -92,12 +92,13 @@ def embed_real(backbone, prototypes, faces, rows):
 
 
 def people_to_draw(args, names, n, rows):
-    """{row of W: number of pictures to draw}, given the rows (M,) of real images; ends the program if nobody."""
+    """{row of W: number of pictures to draw}, given the rows (M,) of the real images."""
     if args.real_to:
         images = torch.bincount(rows).tolist()
-        wanted = {row: args.real_to - count for row, count in enumerate(images[:n]) if 0 < count < args.real_to}
+        wanted = {row: args.real_to - count for row, count in enumerate(images[:n]) if count}
+        wanted = {row: count for row, count in wanted.items() if count > 0}
         if not wanted:
-            fail(f"--real-to {args.real_to}: nobody whom {args.fr} knows has 1 to {args.real_to - 1} images; name more")
+            fail(f"--real-to {args.real_to}: everybody whom {args.fr} knows has as many images; name more")
         return wanted
     k = len(names) - n
     if args.virtual > k:
@@ -105,7 +106,7 @@ def people_to_draw(args, names, n, rows):
     return {n + i: args.per_id for i in range(args.virtual)}
 
 
-# ------------------------------------------------------------------------------------------ draw, judge, write
+# ----------------------------------------------------------------------------------------- draw, judge, write
 
 def make_job(seed, row, names, index, attempt, poses):
     """The Job of a picture; all attempts at it have the same one of so many `poses`, chosen by chance."""
@@ -188,7 +189,7 @@ def attempts_made(out, people):
 
 
 def rounds(made, batch):
-    """Yields an attempt and the places in `made` of a batch that needs it: first attempts, then second ones."""
+    """Yields an attempt, and the places in `made` of a batch that needs it: first attempts, then second."""
     for attempt in range(ATTEMPTS):
         todo = np.flatnonzero(made == attempt)
         for first in range(0, len(todo), batch):
@@ -201,7 +202,7 @@ def finish(out, total, poses, size):
     drawn = sorted({"\0".join(verdict) for verdict in verdicts_of(out)})
     verdicts = lambda: (Verdict(*text.split("\0")) for text in drawn)
     if sum(attempts_after(verdict) == ATTEMPTS for verdict in verdicts()) < total:
-        return print(f"{out}: this rank is done, the last one completes the set; if all have ended, run it again")
+        return print(f"{out}: this rank is done; the last one completes the set, or this command once more")
 
     accepted = lambda: (verdict for verdict in verdicts() if verdict.verdict == "accepted")
     cosines = np.array([float(verdict.cos_own) for verdict in accepted()])
@@ -215,8 +216,8 @@ def finish(out, total, poses, size):
 
     loud = "WARNING: over half was rejected; " if len(drawn) > 2 * len(cosines) else ""
     print(f"{loud}{out}: {len(cosines)} images; {len(drawn) - len(cosines)} too near a real person, "
-          f"{total - len(cosines)} left out; cosine to the own prototype {cosines.mean():.3f}, by the recogniser "
-          "that taught them")
+          f"{total - len(cosines)} left out; cosine to the own prototype {cosines.mean():.3f}, by the "
+          "recogniser that taught them")
 
 
 def draw_grid(out, accepted, rows=8, columns=8):
@@ -256,7 +257,7 @@ def main():
     # This rank's people, and how far each of their pictures is.
     mine = np.array([*wanted][RANK::int(os.environ.get("WORLD_SIZE", 1))], np.int64)
     made = attempts_made(out, {names[row]: wanted[row] for row in mine})
-    fast = compiled(dit, sum(wanted.values()) * args.steps)     # by the whole set, so that all ranks decide alike
+    fast = compiled(dit, sum(wanted.values()) * args.steps)     # of the whole set: all ranks decide alike
     with tqdm(total=int((made < ATTEMPTS).sum()), desc=out.name) as progress, ThreadPoolExecutor(1) as writer:
         writing = writer.submit(bool)                           # before the first batch, nothing
         for attempt, some in rounds(made, args.batch):

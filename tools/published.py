@@ -37,7 +37,7 @@ def read_published(path, prefix="net"):
 
 
 def load_published(path, bgr=None):
-    """Tensors and metadata of a published recogniser, its architecture told by the names and shapes in its file.
+    """Tensors and metadata of a published recogniser. Names and shapes in its file tell its architecture.
 
     bgr: its colour order; by default BGR for AdaFace's checkpoints, RGB for all others.
     """
