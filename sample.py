@@ -98,7 +98,7 @@ def people_to_draw(args, names, n, rows):
         wanted = {row: args.real_to - count for row, count in enumerate(images[:n]) if count}
         wanted = {row: count for row, count in wanted.items() if count > 0}
         if not wanted:
-            fail(f"--real-to {args.real_to}: everybody whom {args.fr} knows has as many images; name more")
+            fail(f"--real-to {args.real_to}: nobody whom {args.fr} knows has images, but fewer; name more")
         return wanted
     k = len(names) - n
     if args.virtual > k:
