@@ -230,7 +230,7 @@ def refuse_strangers(root, shared, fills_up):
 
 
 def rows_of(people, names):
-    """The place in `names` of each of the people (I,); who is not there gets a number after the last."""
+    """The place in `names` of each of the people (I,); somebody who is not there gets one after the last."""
     row_of = {name: len(names) + i for i, name in enumerate(people)}
     row_of |= {name: row for row, name in enumerate(names)}
     return torch.tensor([row_of[name] for name in people])

@@ -38,8 +38,8 @@ flag("--seed", type=int, default=0, help="(default: %(default)s)")
 def mirror(x, landmarks):
     """Mirrors half of the images (B, 3, S, S) and of their landmarks (B, 5, 2), chosen by chance."""
     flip = torch.rand(len(x), 1, 1, device=x.device) < 0.5
-    right, down = landmarks[:, [1, 0, 2, 4, 3]].unbind(2)           # left and right change places
-    mirrored = torch.stack([1 - right, down], 2)
+    horizontal, vertical = landmarks[:, [1, 0, 2, 4, 3]].unbind(2)  # left and right points change places
+    mirrored = torch.stack([1 - horizontal, vertical], 2)
     return torch.where(flip[..., None], x.flip(3), x), torch.where(flip, mirrored, landmarks)
 
 
@@ -108,7 +108,7 @@ def main():
     order = batches(faces, args.batch, args.seed, first, steps)
     progress = tqdm(order, out.name, steps, leave=False, initial=first)
     for step, (x, labels, landmarks) in enumerate(progress, first):
-        torch.manual_seed(args.seed * 1_000_003 + step)     # a resumed run repeats itself
+        torch.manual_seed(args.seed * 1_000_003 + step)     # a resumed run draws the same numbers
         # The learning rate rises for 2 % of the steps, then falls linearly.
         slope = min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
         optimizer.param_groups[0]["lr"] = args.lr * slope
@@ -116,7 +116,7 @@ def main():
         x, landmarks = mirror(x, landmarks)
         with autocast():
             mse, identity = dit_loss(fast, fast_backbone, x, own_w[labels], landmarks, paper=args.paper)
-        (mse + 0.1 * identity).backward()                   # paper: no weight given
+        (mse + 0.1 * identity).backward()                   # paper: gives no weight; 0.1 is ours
         torch.nn.utils.clip_grad_norm_(dit.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad()

@@ -90,7 +90,7 @@ def embed_faces(backbone, prototypes, faces):
     kind = torch.half if DEVICE.type == "cuda" else torch.float
     columns = []
     for images, i in faces.scan(torch.arange(len(faces)), "embedding"):
-        f = embed(backbone, images, unit=False) / 2             # a mean: the quality head knows its length
+        f = embed(backbone, images, unit=False) / 2             # the mean, as `certainty` learned it
         columns.append((F.normalize(f).to(kind), thumbnails(images.to(DEVICE)).to(kind),
                         prototypes.certainty(f)[:, 0], i))
     f, thumbs, quality, i = (torch.cat(column) for column in zip(*columns))
@@ -112,7 +112,7 @@ def consistency_separability(f, labels):
         return (sum_of.square().sum(-1) - m) / (m * (m - 1))
 
     total, count = class_sums(f, labels)
-    total, count = total[count > 0], count[count > 0]           # no image of a person may be readable
+    total, count = total[count > 0], count[count > 0]           # leaves out who has no readable image
     several = count > 1
     within = mean_cosine(total[several], count[several])
     between = mean_cosine(F.normalize(total).sum(0), len(count)) if len(count) > 1 else torch.zeros(())
@@ -130,7 +130,8 @@ def resemblance(faces, real, own=None):
     """How near each image comes to real people: {test: (cosine, person or image of `real`), (M,) each}.
 
     centre: to the nearest person's centre. image: to the nearest image. copy: to the nearest thumbnail,
-    mirrored or not, if `faces` have thumbnails. Images of the person own (M,), if given, are left out.
+    mirrored or not, if `faces` have thumbnails. own (M,), if given, is each image's own person, who is left
+    out for it.
     """
     own = torch.full_like(faces.labels, -1) if own is None else own             # -1 is nobody's label
     centres = F.normalize(class_sums(real.f, real.labels)[0]).to(real.f)

@@ -86,8 +86,8 @@ def fill_in(args, faces):
 
 def settle(backbone, prototypes, faces):
     """Settles the virtual prototypes by the embeddings of all faces, which takes a pass over the images."""
-    every = torch.arange(len(faces))
-    seen = [(embed(backbone, images), faces.labels[i]) for images, i in faces.scan(every, "settling")]
+    indices = torch.arange(len(faces))
+    seen = [(embed(backbone, images), faces.labels[i]) for images, i in faces.scan(indices, "settling")]
     f, labels = map(torch.cat, zip(*seen))
     prototypes.settle(person_moment(f, labels.to(f.device)))
 
@@ -123,14 +123,14 @@ def main():
     order = batches(faces, batch, args.seed, first, steps)
     progress = tqdm(order, out.name, steps, leave=False, initial=first)
     for step, (x, labels, _) in enumerate(progress, first):
-        torch.manual_seed(args.seed * 1_000_003 + step)                 # a resumed run repeats itself
+        torch.manual_seed(args.seed * 1_000_003 + step)                 # a resumed run draws the same numbers
         lr = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         with autocast():
             f = fast(augment(x))
-        # paper: unstated; here the margin grows over a tenth of the run, because prototypes had collapsed.
+        # paper: unstated; here the margin grows over a tenth of the run, because otherwise they collapsed.
         parts = vigface_loss(f, labels, prototypes, virtual_batch_size(step, k, batch, n), args.head,
                              ramp=min(1, 10 * step / steps), scale=recipe["scale"])
         sum(parts).backward()

@@ -2,7 +2,7 @@
 
 They stand in the order of the stages. Stage 1: the recogniser, prototypes, margin losses and virtual
 embeddings. Stage 2: the Diffusion Transformer, its losses and the sampler. Saving and loading come last.
-A comment `paper: ...; here: ... because ...` marks where the code departs from the paper, or had to choose.
+A comment that begins with `paper:` marks where the code departs from the paper, or had to choose.
 
 Shapes: B batch, S image side in pixels, C channels, N tokens, D embedding width, n real and k virtual people,
 I people of a set, M its images, P its pairs. Networks see RGB images (B, 3, S, S) in [-1, 1]. Landmarks are
@@ -220,7 +220,7 @@ class Prototypes(nn.Module):
     def __init__(self, n, k, dim, paper=False):
         super().__init__()
         self.config = dict(n=n, k=k, dim=dim, paper=paper)
-        self.paper = paper                                              # exactly as published
+        self.paper = paper                                              # as published; see vigface_loss, too
         self.real = nn.Parameter(torch.randn(n, dim) * 0.01)
         self.virtual = nn.Parameter(torch.randn(k, dim) * 0.01)
         self.certainty = nn.Linear(dim, 1)                              # see `certainty_loss`
@@ -233,8 +233,8 @@ class Prototypes(nn.Module):
         """Unit prototypes as the margin loss sees them: (n + k, D), real ones first.
 
         paper: virtual prototypes are free vectors; here they are multiplied by M, the second moment of the
-        real ones, because free vectors also point where no face lies. The root of M would give them the
-        second moment M. But the loss drives them to where no real prototype is, and M holds them better
+        real ones, because free vectors also point where no face lies. For random vectors the root of M would
+        do. M is stronger, because the loss pushes virtual prototypes away from the real ones
         (docs/measurements.md, "Where should virtual prototypes lie").
         """
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
@@ -247,11 +247,11 @@ class Prototypes(nn.Module):
     def settle(self, people_moment):
         """Places the virtual prototypes for stage 2, once training is done: gives them the spread of people.
 
-        Whitening makes their second moment the unit matrix. Multiplying by the root of a moment then makes it
-        that moment: two thirds of the real prototypes' and one third of `people_moment` (D, D), see
-        `person_moment`. The prototype of somebody with few images contains accidents of these images. So with
-        the first alone, some virtual people would look like nobody. With the second alone they would be too
-        much alike (docs/measurements.md, "Where should virtual prototypes lie").
+        Whitening makes their second moment the unit matrix. The root of another moment then makes it that one:
+        here two thirds that of the real prototypes, one third `people_moment` (D, D), see `person_moment`. A
+        prototype learned from few images also holds chance features of these images: with its moment alone,
+        some virtual people would look like nobody. With the other alone, they would be too much alike
+        (docs/measurements.md, "Where should virtual prototypes lie").
         """
         real, virtual = F.normalize(self.real), F.normalize(self.virtual)
         whitened = virtual @ power(virtual.mT @ virtual / len(virtual), -0.5)
@@ -386,21 +386,21 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
         n, k = len(prototypes.real), len(prototypes.virtual)
         direction = F.normalize(f, eps=0.01)            # eps bounds the gradient when the norm is near zero
         W = prototypes.unit()                                                   # (n + k, D)
-        with torch.no_grad():                           # a running average; paper: its rate is 0.1
+        with torch.no_grad():                           # a running average, at the paper's rate
             prototypes.sigma2.lerp_((direction - W[labels]).square().mean(0), 0.1)
 
         cos = direction @ W.mT                                                  # (B, n + k)
         real_loss = margin_loss(cos, labels, norm_quality(f, prototypes))
-        head_loss = certainty_loss(f, cos[:, :n], labels, prototypes)
+        sure_loss = certainty_loss(f, cos[:, :n], labels, prototypes)
 
         # W[chosen] is not detached: virtual embeddings move with their prototype, and so train it. Real
         # prototypes are detached: people who exist do not make way.
         chosen = n + torch.randint(max(1, k), (b_virtual,), device=f.device)    # b_virtual is 0 if k is
         virtual_f = around(W[chosen], torch.randn_like(W[chosen]), prototypes.sigma2, prototypes.paper)
         cos = virtual_f @ torch.cat([W[:n].detach(), W[n:]]).mT                 # (b_virtual, n + k)
-        average = torch.zeros_like(cos[:, :1])          # of quality, because all virtual norms are 1
-        virtual_loss = margin_loss(cos, chosen, average)
-    return real_loss, virtual_loss, head_loss
+        quality = torch.zeros_like(cos[:, :1])          # average: virtual embeddings have no norm to judge
+        virtual_loss = margin_loss(cos, chosen, quality)
+    return real_loss, virtual_loss, sure_loss
 
 
 # ------------------------------------------------------------------------- diffusion: conventions (stage 2)
@@ -470,10 +470,10 @@ class DiT(nn.Module):
     Time, prototype and landmarks add up to the adaLN condition. The landmark image also joins the noisy image
     as input channels, which makes the pose exact in space. w = 0 stands for nobody in particular.
 
-    paper: what the network predicts is unstated; here its last layer gives x0, and `forward` turns that into
-    v, because a token is too narrow for the noise of a wide patch (as in "Back to Basics: Let Denoising
-    Generative Models Denoise", Li & He 2025). Before it, two convolutions see tokens and input, because
-    patches alone leave seams.
+    paper: what the network predicts is unstated; here its output is x0, which `forward` turns into v, because
+    a token is too narrow for the noise of a wide patch (as in "Back to Basics: Let Denoising Generative Models
+    Denoise", Li & He 2025). At the end two convolutions see tokens and input, because patches alone leave
+    seams.
     """
 
     FEATURES = 16                                                   # of each pixel, before the convolutions
@@ -502,7 +502,7 @@ class DiT(nn.Module):
 
     def forward(self, x_t, t, w, landmarks):                        # (B, 3, S, S), (B,), (B, D), (B, 5, 2)
         c = self.time(sinusoids(1000 * t, 256))                     # (B, C)
-        c = c + self.identity(w * self.dim ** 0.5)                  # numbers of size 1, not 1 / sqrt(D)
+        c = c + self.identity(w * self.dim ** 0.5)                  # numbers of about 1, not 1 / sqrt(D)
         c = c + self.pose(4 * landmarks.flatten(1) - 2)             # [0, 1] becomes [-2, 2]
         c = F.silu(c)
 
@@ -518,7 +518,7 @@ class DiT(nn.Module):
         x = F.pixel_shuffle(x, self.patch)                          # (B, FEATURES, S, S)
         x0 = self.pixels(torch.cat([x, image], 1))                  # (B, 3, S, S)
 
-        # v = (a x_t - x0) / s; the clamp keeps errors of x0 small where there is almost no noise.
+        # v = (a x_t - x0) / s. Where s < 0.05, the clamp keeps an error of x0 from becoming a huge one of v.
         a, s = signal_noise(t)
         return (a * x_t - x0) / s.clamp(min=0.05)
 
@@ -578,8 +578,8 @@ def dpm_solver(denoise, x, steps):
     """DPM-Solver++(2M) (Lu et al. 2022): turns noise x (B, ...) at t = 1 into images, in `steps` calls of
     `denoise`.
 
-    Times are even in the log-SNR l = log(a / s). Second order: x0 is extrapolated from the last two estimates
-    to the middle of the step, which for even steps is 1.5 of the new one and -0.5 of the old one.
+    Times are even in l = log(a / s), half the log-SNR. Second order: x0 is extrapolated from the last two
+    estimates to the middle of the step. For even steps that is 1.5 times the new one less half the old one.
     """
     # From l = -4, almost noise, to 4, almost an image. With ten steps even in t instead, pictures varied half
     # as much in brightness and in fine detail.

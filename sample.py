@@ -61,7 +61,8 @@ ATTEMPTS = 5        # paper: unstated; here pictures too near a real person are 
 # and in the pose of which training face.
 Job = namedtuple("Job", "row name index attempt pose")
 
-# What became of it: a row of manifest.csv.
+# What became of it: a row of manifest.csv. Cosines are to the own prototype, to the centre of the nearest real
+# person, and to the nearest real image; with --real-to, the own person is none of these.
 Verdict = namedtuple("Verdict", "file identity index attempt landmarks_from verdict cos_own cos_nearest_real "
                                 "cos_nearest_image")
 
@@ -86,7 +87,8 @@ def load(args):
 def embed_real(backbone, prototypes, faces, rows):
     """The FaceSet of real faces, labelled with the rows of W (I,), and the thresholds for pictures."""
     real = embed_faces(backbone, prototypes, faces)
-    real = real._replace(labels=rows.to(DEVICE)[real.labels], thumbs=None)      # drawn pictures are no copies
+    # Without thumbnails nobody looks for copies: pictures are drawn from noise.
+    real = real._replace(labels=rows.to(DEVICE)[real.labels], thumbs=None)
     thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
     return real, thresholds
 
@@ -108,14 +110,14 @@ def people_to_draw(args, names, n, rows):
 
 # ----------------------------------------------------------------------------------------- draw, judge, write
 
-def make_job(seed, row, names, index, attempt, poses):
-    """The Job of a picture; all attempts at it have the same one of so many `poses`, chosen by chance."""
+def make_job(seed, row, names, index, attempt, pose_count):
+    """The Job of a picture. Its pose, one of pose_count, is chosen by chance, and all attempts have it."""
     # paper: does not say which poses; here any training face's, because poses even over yaw taught no more.
-    return Job(row, names[row], index, attempt, seed_of(seed, names[row], index) % poses)
+    return Job(row, names[row], index, attempt, seed_of(seed, names[row], index) % pose_count)
 
 
 def draw(dit, W, poses, jobs, args):
-    """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed; the last one fills the batch."""
+    """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed. The last job fills up a batch."""
     jobs = jobs + jobs[-1:] * (args.batch - len(jobs))          # one shape: nothing is compiled again
     noise = []
     for job in jobs:
@@ -259,7 +261,7 @@ def main():
     made = attempts_made(out, {names[row]: wanted[row] for row in mine})
     fast = compiled(dit, sum(wanted.values()) * args.steps)     # of the whole set: all ranks decide alike
     with tqdm(total=int((made < ATTEMPTS).sum()), desc=out.name) as progress, ThreadPoolExecutor(1) as writer:
-        writing = writer.submit(bool)                           # before the first batch, nothing
+        writing = writer.submit(bool)                           # an empty task for result() to wait for
         for attempt, some in rounds(made, args.batch):
             lines, indices = np.unravel_index(some, made.shape)
             jobs = [make_job(args.seed, row, names, index, attempt, len(poses))
