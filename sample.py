@@ -117,8 +117,7 @@ def make_job(seed, row, names, index, attempt, pose_count):
 
 
 def draw(dit, W, poses, jobs, args):
-    """Pictures uint8 (args.batch, 3, S, S) of jobs, each from its own seed. The last job fills up a batch."""
-    jobs = jobs + jobs[-1:] * (args.batch - len(jobs))          # one shape: nothing is compiled again
+    """Pictures uint8 (B, 3, S, S) of jobs, each from its own seed."""
     noise = []
     for job in jobs:
         generator = torch.Generator(DEVICE).manual_seed(seed_of(args.seed, job.name, job.index, job.attempt))
@@ -135,7 +134,7 @@ def judge(backbone, W, real, thresholds, jobs, images):
 
     Pictures of a real person (--real-to) may resemble this person's own images.
     """
-    f = embed(backbone, images)[:len(jobs)]
+    f = embed(backbone, images)
     rows = torch.tensor([job.row for job in jobs], device=DEVICE)
     own = (f * W[rows]).sum(1)
     near = resemblance(FaceSet(f.to(real.f), rows), real, rows)
@@ -266,8 +265,10 @@ def main():
             lines, indices = np.unravel_index(some, made.shape)
             jobs = [make_job(args.seed, row, names, index, attempt, len(poses))
                     for row, index in zip(mine[lines].tolist(), indices.tolist())]
-            images = draw(fast, W, poses, jobs, args)
-            verdicts = judge(backbone, W, real, thresholds, jobs, images)
+            # The last job fills up the batch: with one shape nothing is compiled again, or rounded differently.
+            full = jobs + jobs[-1:] * (max(args.batch, 16) - len(jobs))
+            images = draw(fast, W, poses, full, args)
+            verdicts = judge(backbone, W, real, thresholds, full, images)[:len(jobs)]
 
             writing.result()                                    # of the batch before; raises what went wrong
             writing = writer.submit(write_batch, out, jobs, images.cpu(), verdicts)

@@ -1364,11 +1364,11 @@ def test_a_picture_follows_from_seed_person_index_and_attempt_alone(monkeypatch)
     assert len(noise.unique(dim=0)) == 4                    # other people, pictures, attempts: other noise
     assert torch.equal(asked["images"], model.to_uint8(noise))
 
-    # Neither the batch nor the place in it matters. The last job fills a batch.
-    alone = drawn(monkeypatch, jobs[2:3], W, poses, batch=3)
-    assert torch.equal(alone["noise"], noise[[2, 2, 2]])
-    assert torch.equal(alone["w"], W[[3, 3, 3]])
-    assert torch.equal(alone["landmarks"], poses[[7, 7, 7]])
+    # Neither the batch nor the place in it matters.
+    alone = drawn(monkeypatch, jobs[2:3] * 2, W, poses)
+    assert torch.equal(alone["noise"], noise[[2, 2]])
+    assert torch.equal(alone["w"], W[[3, 3]])
+    assert torch.equal(alone["landmarks"], poses[[7, 7]])
     other_seed = drawn(monkeypatch, jobs, W, poses, seed=1)["noise"]
     assert (other_seed != noise).flatten(1).any(1).all()
     assert torch.equal(drawn(monkeypatch, jobs, W, poses)["noise"], noise)
@@ -1398,14 +1398,14 @@ def test_a_picture_is_judged_against_every_other_real_person_and_image(monkeypat
     monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
     n, k = 4, 3
     backbone, prototypes = Linear(), randomise(Prototypes(n, k, 6))
-    images = random_images(8)
+    images = random_images(7)
     prototypes.real[0] = naive_embed(backbone, images)[1]   # the second picture is of the first person
     prototypes.settle(torch.eye(6) / 6)
     W = prototypes.to_draw()
     labels = torch.tensor([0] * 2 + [1] * 3 + [2] + [3] * 3)
     real = face_set(units(9, 6), labels)
     jobs = []
-    for row in (5, 0, 3, 6, 1, 4, 2):                       # the batch has one image more
+    for row in (5, 0, 3, 6, 1, 4, 2):
         jobs.append(sample.Job(row, f"name {row}", index=10 + row, attempt=row % 3, pose=2 * row))
 
     f = naive_embed(backbone, images) / 2
@@ -2296,7 +2296,8 @@ def test_each_attempt_is_another_picture_of_a_settled_prototype_in_a_pose_of_its
     _, prototypes, _ = model.load_recogniser(pipeline[0] / "runs/fr")
     pictures, poses = {}, {}
     for W, jobs, images in drawn:
-        assert torch.equal(W, prototypes.to_draw()) and len(jobs) <= 4
+        assert torch.equal(W, prototypes.to_draw())
+        assert len(jobs) == 16 and len({*jobs}) <= 4        # of --batch 4; the last job fills the batch up
         for job, image in zip(jobs, images):
             assert job.row >= len(prototypes.real)
             pictures[job[:4]] = image.numpy().tobytes()
@@ -2364,6 +2365,7 @@ def test_shared_sampling_gives_the_same_bytes(pipeline, rejecting, tmp_path, mon
     both = sampled(pipeline, tmp_path, rank=0, **options)
     assert "manifest.csv" not in first and 0 < len(pictures_of(first)) < len(pictures_of(both))
     assert both == whole and len(sizes) == 1
+    assert sampled(pipeline, tmp_path / "7", "--batch", 7, line=line) == whole
 
 
 def test_the_lines_in_the_readme_compare_two_faces(copied, monkeypatch, capsys):
