@@ -127,7 +127,8 @@ BENCHMARKS = [pickle.dumps(([encoded("PNG")] * 20, [True, False] * 5), protocol)
 ARRAYS = [np.frombuffer(encoded("JPEG"), np.uint8)] * 20
 BENCHMARKS += [pickle.dumps((ARRAYS, np.array([True, False] * 5)), protocol) for protocol in (2, 4, 5)]
 TINY = dict(size=32, dim=8, width=16, units=(1, 1, 1, 1))
-META = {"stage": "fr", "config": TINY, "data": ["x"], "val": [], "names": list("abc"), "step": 1, "steps": 1}
+META = {"stage": "fr", "config": TINY, "data": ["x"], "val": [], "names": list("abc"), "step": 1, "steps": 1,
+        "prototypes": dict(n=3, k=2, dim=8)}
 backbone = model.Recogniser(**TINY)
 tensors = {f"backbone.{name}": t for name, t in backbone.state_dict().items()}
 tensors |= {f"prototypes.{name}": t for name, t in model.Prototypes(3, 2, 8).state_dict().items()}
@@ -135,7 +136,8 @@ save_file(tensors, write("m/model.safetensors", b""), {"vigface": json.dumps(MET
 CHECKPOINT = (root / "m/model.safetensors").read_bytes()
 DETECTOR = saved({f"module.{name}": t for name, t in RetinaFace().state_dict().items()})
 RECOGNISER = saved({f"model.{name}": t for name, t in backbone.state_dict().items()})
-STATE = saved({"settings": {"lr": 0.1}, "step": 3, "net": torch.nn.Linear(3, 3).state_dict()})
+STATE = saved({"step": 3, "net": torch.nn.Linear(3, 3).state_dict()})
+SETTINGS = json.dumps({"lr": 0.1}).encode()
 HOSTILE = [*(pickle.dumps((Payload(), [True]), protocol) for protocol in (0, 2, 4)),
            b"\x80\x04\x8e" + struct.pack("<Q", 2 ** 40) + b"abc.",              # a string of absurd length
            b"\x80\x02cnumpy\nndarray\n(I%d\ntR." % 2 ** 40,                 # an array, by calling the class
@@ -241,7 +243,11 @@ def recogniser():
 
 
 def state():
-    model.resume(write("s.pt", hurt(STATE)), {"lr": 0.1}, {"net": torch.nn.Linear(3, 3)})
+    model.resume(write("run/state.pt", hurt(STATE)).parent, {"net": torch.nn.Linear(3, 3)})
+
+
+def settings():
+    model.claim(write("run/run.json", hurt(SETTINGS)).parent, {"lr": 0.1})
 
 
 def too_slow(*_):
@@ -268,7 +274,7 @@ def outcome(reader):
 
 signal.signal(signal.SIGALRM, too_slow)
 readers = [rec, benchmark, stand_ins, landmarks, image, photographs, metadata, safetensors, detector,
-           recogniser, state]
+           recogniser, state, settings]
 counts, started = collections.Counter(), time.time()
 for case in range(cases):
     reader = readers[case % len(readers)]

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -147,13 +148,15 @@ def sampling(arch, batch, batches, virtual, steps, guidance):
     dit = DiT(patch=int(patch), **DIT_SIZES[size]).requires_grad_(False).to(DEVICE)
     f = F.normalize(torch.randn(100_000, 512, device=DEVICE)).to(torch.half if GPU else torch.float)
     real = FaceSet(f, torch.arange(100_000, device=DEVICE) % PEOPLE)
-    poses, fr = torch.rand(1000, 5, 2), {"names": [f"p{i}" for i in range(PEOPLE)], "data": []}
+    poses = torch.rand(1000, 5, 2)
+    fr = {"names": [f"p{i}" for i in range(PEOPLE)], "data": [], "sha256": "0" * 64}
+    nobody = SimpleNamespace(people={}, labels=torch.zeros(0, dtype=torch.long))
     net, thresholds = fast(dit), {"centre": 2, "image": 2}              # compiled once, not in every run
 
     # What comes before and after the loop: nothing is loaded, embedded or joined.
     sample.load, sample.digest = lambda args: (dit, poses, backbone, prototypes, fr), lambda folder: ""
     sample.embed_real, sample.compiled = lambda *_: (real, thresholds), lambda *_: net
-    sample.finish = lambda *_: None
+    sample.Faces, sample.finish = lambda *_: nobody, lambda *_: None
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--steps {steps} --guidance {guidance} --batch {batch} --per-id {batch}".split()
 
@@ -161,13 +164,13 @@ def sampling(arch, batch, batches, virtual, steps, guidance):
             out = tempfile.mkdtemp(dir=folder)
             sys.argv[1:] = [*flags, "--virtual", str(count), "--out", out]
             sample.main()
-            assert len([*Path(out).glob("v*/*.jpg")]) == count * batch
+            assert len([*Path(out).glob("*/*.jpg")]) == count * batch
 
         def one_batch():
             args, W = sample.parser.parse_args(flags), prototypes.to_draw()
-            jobs = [sample.Job(PEOPLE, "v000000", index, 0, index) for index in range(batch)]
+            jobs = [sample.Job(PEOPLE, "somebody", index, 0, index) for index in range(batch)]
             images = sample.draw(dit, W, poses, jobs, args)
-            sample.judge(backbone, prototypes, W, real, thresholds, jobs, images)
+            sample.judge(backbone, W, real, thresholds, jobs, images)
         flops = batches * flops_of(one_batch)
         if GPU:
             step(1)                                                     # compiles; later runs do not
