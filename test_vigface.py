@@ -1480,8 +1480,22 @@ def test_verification_follows_the_field_s_protocol(monkeypatch, pairs):
     first[2] = second[2]                                    # and an image twice
     f = torch.stack([first, second], 1).flatten(0, 1)
     is_same = torch.rand(pairs) < 0.5
-    monkeypatch.setattr(evaluate, "embed", lambda *_, exact: f if exact else None)
-    distance = evaluate.pair_distances(None, None)
+
+    # Each image is a number, by which its embedding is known. Two pairs show the same two images.
+    numbers = torch.randperm(2 * pairs, dtype=torch.uint8)
+    numbers[4:6] = numbers[2:4]
+    of_number = torch.zeros(2 * pairs, 4)
+    of_number[numbers.long()] = f
+    of_number[numbers[2:4].long()] = f[2:4]
+    first[2], second[2] = first[1], second[1]
+    asked = []
+
+    def embed(_, images, exact):
+        asked.append(len(images))
+        return of_number[images.flatten().long()] if exact else None
+    monkeypatch.setattr(evaluate, "embed", embed)
+    distance = evaluate.pair_distances(None, numbers.view(-1, 1, 1, 1))
+    assert asked == [2 * pairs - 2]                         # an image that is there twice is embedded once
     assert same(distance, (first - second).square().sum(1), 1e-6)
 
     thresholds = np.arange(0, 4, 0.01)
