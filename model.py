@@ -391,7 +391,7 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
 
         cos = direction @ W.mT                                                  # (B, n + k)
         real_loss = margin_loss(cos, labels, norm_quality(f, prototypes))
-        sure_loss = certainty_loss(f, cos[:, :n], labels, prototypes)
+        certain_loss = certainty_loss(f, cos[:, :n], labels, prototypes)
 
         # W[chosen] is not detached: virtual embeddings move with their prototype, and so train it. Real
         # prototypes are detached: people who exist do not make way.
@@ -400,7 +400,7 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
         cos = virtual_f @ torch.cat([W[:n].detach(), W[n:]]).mT                 # (b_virtual, n + k)
         quality = torch.zeros_like(cos[:, :1])          # average: virtual embeddings have no norm to judge
         virtual_loss = margin_loss(cos, chosen, quality)
-    return real_loss, virtual_loss, sure_loss
+    return real_loss, virtual_loss, certain_loss
 
 
 # ------------------------------------------------------------------------- diffusion: conventions (stage 2)
