@@ -399,6 +399,7 @@ def test_settled_prototypes_are_whitened_and_given_two_moments():
     assert same(prototypes.to_draw(), torch.cat([real, settled]), 1e-4)
     before = prototypes.to_draw()
     randomise(prototypes)                                   # training goes on: what is drawn stays
+    prototypes.unit()
     assert torch.equal(prototypes.to_draw()[30:], before[30:])
 
 
@@ -420,6 +421,12 @@ def test_the_moment_of_people_is_the_mean_over_pairs_of_images_of_one_person():
     assert count.tolist() == [5, 3, 2, 1]
     for person in range(4):
         assert same(sums[person], f[labels == person].sum(0))
+
+
+def test_sums_of_many_embeddings_in_half_precision_are_exact():
+    f = torch.ones(70_000, 2, dtype=torch.half)             # half a float ends at 65,504
+    sums, count = model.class_sums(f, torch.zeros(70_000, dtype=torch.long))
+    assert sums.tolist() == [[70_000, 70_000]] and count.tolist() == [70_000]
 
 
 def test_virtual_prototypes_lie_where_people_do():
@@ -1259,6 +1266,97 @@ def test_a_saved_recogniser_comes_back_frozen(tmp_path):
     assert not any(p.requires_grad for p in parameters)
 
 
+class Counted:
+    """Faces of which only the numbers matter."""
+
+    def __init__(self, people, images, size):
+        self.people, self.images, self.size = range(people), images, size
+
+    def __len__(self):
+        return self.images
+
+
+def filled_in(script, faces, *flags):
+    """The flags of a training script, after it has filled in those that were left out."""
+    args = script.parser.parse_args([*flags])
+    script.fill_in(args, Counted(*faces))
+    return args
+
+
+@pytest.mark.parametrize("faces, flags, arch, batch, epochs, virtual", [
+    ((50, 4000, 64), "", "tiny", 128, 41, 50),              # 1,250 steps of 31 an epoch
+    ((50, 400_000, 80), "", "ir_se50", 512, 26, 50),
+    ((3, 20, 64), "", "tiny", 20, 1250, 3),                 # no batch is larger than the set
+    ((50, 4000, 64), "--arch small --batch 16 --epochs 2 --virtual 0", "small", 16, 2, 0)])
+def test_stage_1_fills_in_what_was_left_out(faces, flags, arch, batch, epochs, virtual):
+    args = filled_in(fr_train, faces, *flags.split())
+    assert args.size == faces[2] and args.arch == arch and args.batch == batch
+    assert args.epochs == epochs and args.virtual == virtual
+
+
+@pytest.mark.parametrize("faces, flags, said", [
+    ((2, 9, 40), "", "multiple of 16"),
+    ((2, 9, 16), "", "32 or more"),
+    ((1, 9, 32), "", "2 or more"),
+    ((2, 9, 32), "--batch 1", "2 or more"),
+    ((2, 9, 32), "--virtual -1", "0 or more")])
+def test_stage_1_refuses_flags_that_make_no_sense(capsys, faces, flags, said):
+    assert said in stops(capsys, filled_in, fr_train, faces, *flags.split())
+
+
+@pytest.mark.parametrize("faces, flags, arch, steps, batch, lr", [
+    ((9, 400, 64), "", "Ti/8", 1100, 32, 2e-3),
+    ((9, 400, 80), "", "B/8", 200_000, 256, 2e-4),
+    ((9, 20, 64), "", "Ti/8", 1100, 20, 2e-3),              # no batch is larger than the set
+    ((9, 400, 112), "--arch Ti/4", "Ti/4", 1100, 32, 2e-3),
+    ((9, 400, 64), "--arch S/4 --steps 7 --batch 9 --lr 0.5", "S/4", 7, 9, 0.5)])
+def test_stage_2_fills_in_what_was_left_out(faces, flags, arch, steps, batch, lr):
+    args = filled_in(dit_train, faces, *flags.split())
+    assert args.arch == arch and args.steps == steps and args.batch == batch and args.lr == lr
+
+
+def test_a_folder_belongs_to_one_run(tmp_path, capsys):
+    settings, used = dict(steps=3, val=None), tmp_path / "used"
+    for name in ("used", "used", "empty", "begun"):         # anew, once more, empty, killed at the start
+        if name in ("empty", "begun"):
+            (tmp_path / name).mkdir()
+        if name == "begun":
+            (tmp_path / "begun/run.json.0.tmp").touch()
+        model.claim(tmp_path / name, settings)
+        assert json.loads((tmp_path / name / "run.json").read_text()) == settings
+    assert "steps = 3, now 4" in stops(capsys, model.claim, used, settings | dict(steps=4))
+    assert "lr = None, now 1" in stops(capsys, model.claim, used, settings | dict(lr=1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/letter.txt").touch()
+    assert "something else" in stops(capsys, model.claim, tmp_path / "other", settings)
+
+
+def test_a_killed_run_gets_back_its_step_its_modules_and_its_log(tmp_path, capsys):
+    assert model.resume(tmp_path, {}) == 0                  # nothing is saved yet
+    saved, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    model.save_state(tmp_path, 7, {"one": saved, "two": other})
+    one, two = nn.Linear(2, 3), nn.Linear(2, 3)
+    assert model.resume(tmp_path, {"one": one, "two": two}) == 7
+    assert torch.equal(one.weight, saved.weight) and torch.equal(two.bias, other.bias)
+    model.log(tmp_path, "step 7")
+    model.log(tmp_path, "step 8")
+    assert (tmp_path / "log.txt").read_text() == "step 7\nstep 8\n"
+    said = capsys.readouterr().out
+    assert "after step 7" in said and said.endswith("step 7\nstep 8\n")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("before")
+    with pytest.raises(OSError, match="kept.txt: cannot be written"):
+        with model.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("the disk is full")
+    assert contents(tmp_path) == {"kept.txt": b"before"}
+
+
+
+
 def test_a_run_stops_at_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
     """What was saved before stays; here that is nothing."""
     save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
@@ -1441,6 +1539,124 @@ def test_a_picture_is_judged_against_every_other_real_person_and_image(monkeypat
         assert [verdict.verdict for verdict in judged(**lines)] == expected
 
 
+def told(name, index, attempt, verdict="leak", pose=0, own=0.5):
+    """A Verdict as it is read from a file."""
+    file = f"{name}/{index:04d}.jpg"
+    numbers = map(str, (index, attempt, pose))
+    return sample.Verdict(file, name, *numbers, verdict, str(own), "0.1", "0.2")
+
+
+def tell(out, name, verdicts):
+    """Keeps verdicts as a rank does."""
+    data.write_csv(out / ".verdicts" / name, sample.Verdict._fields, verdicts)
+
+
+def test_what_is_left_to_draw_follows_from_the_verdicts(tmp_path, monkeypatch):
+    tell(tmp_path, "1.csv", [told("ann", 0, 1), told("ann", 0, 0), told("ann", 1, 0, "accepted")])
+    tell(tmp_path, "2.csv", [told("of another rank", 0, 0)])
+    made = sample.attempts_made(tmp_path, {"ann": 3, "bob": 1})
+    assert made.tolist() == [[2, 5, 0], [0, 5, 5]]          # bob gets one picture
+    assert sample.attempts_made(tmp_path, {}).size == 0     # there are more ranks than people
+    found = [(attempt, [*places]) for attempt, places in sample.rounds(made, 3)]
+    assert found == [(0, [2, 3]), (2, [0])]
+    found = [(attempt, [*places]) for attempt, places in sample.rounds(made * 0, 4)]
+    assert found == [(0, [0, 1, 2, 3]), (0, [4, 5])]
+
+    gone = lambda path: Path("gone").read_text()            # the last rank has just completed the set
+    monkeypatch.setattr(sample, "read_csv", gone)
+    assert not [*sample.verdicts_of(tmp_path)]
+
+
+def test_pictures_that_are_too_near_are_drawn_five_times():
+    made, attempts = np.zeros((2, 2), np.int8), []
+    for attempt, places in sample.rounds(made, 3):
+        attempts += [attempt] * len(places)
+        made.flat[places] = attempt + 1
+    assert attempts == sorted([0, 1, 2, 3, 4] * 4)
+
+
+def test_accepted_pictures_are_written_before_their_verdicts(tmp_path, monkeypatch):
+    images = random_images(4, 16)                           # the batch has two images more
+    jobs = [sample.Job(3, "ann", 7, 1, 0), sample.Job(3, "ann", 8, 1, 0)]
+    verdicts = [told("ann", 7, 1, "accepted"), told("ann", 8, 1)]
+    write_csv = data.write_csv
+
+    def spy(*given):
+        assert (tmp_path / "ann/0007.jpg").is_file()        # a killed run has no verdict without a picture
+        write_csv(*given)
+    monkeypatch.setattr(sample, "write_csv", spy)
+    sample.write_batch(tmp_path, jobs, images, verdicts)
+    files = contents(tmp_path)
+    assert {*files} == {"ann/0007.jpg", ".verdicts/3-7-1.csv"}
+    assert files["ann/0007.jpg"] == jpeg(images[0], quality=95, subsampling=0)
+    assert [*sample.verdicts_of(tmp_path)] == verdicts
+
+
+def grey(path, level, size=16):
+    """Writes a grey picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (level, level, level)).save(path, quality=95)
+
+
+def test_a_set_is_completed_once_every_picture_is_drawn(tmp_path, monkeypatch, capsys):
+    """Two pictures of ann are accepted, the first one at its second attempt; one of bob is not in five."""
+    poses, out = torch.rand(9, 5, 2), tmp_path
+    accepted = [told("ann", 0, 1, "accepted", pose=5, own=0.5), told("ann", 1, 0, "accepted", pose=3, own=0.3)]
+    for verdict in accepted:
+        grey(out / verdict.file, 99)
+    tell(out, "b.csv", [told("bob", 0, i) for i in range(4)] + accepted[::-1])
+    tell(out, "c.csv", [told("ann", 0, 0)] + accepted)      # two ranks drew the same
+    sample.finish(out, 3, poses, 16)
+    assert "this rank is done" in capsys.readouterr().out
+    assert {*contents(out)} == {"ann/0000.jpg", "ann/0001.jpg", ".verdicts/b.csv", ".verdicts/c.csv"}
+
+    tell(out, "a.csv", [told("bob", 0, 4)])
+    draw_grid = sample.draw_grid
+
+    def spy(*given):
+        assert not (out / "manifest.csv").exists()          # it says that the set is complete
+        draw_grid(*given)
+    monkeypatch.setattr(sample, "draw_grid", spy)
+    sample.finish(out, 3, poses, 16)
+    said = capsys.readouterr().out
+    assert said.startswith("WARNING: over half") and "2 images; 6 too near a real person, 1 left out" in said
+    assert "own prototype 0.400" in said
+    rows = [(row["file"], row["attempt"], row["verdict"]) for row in manifest(out)]
+    assert rows == [("ann/0000.jpg", "0", "leak"), ("ann/0000.jpg", "1", "accepted"),
+                    ("ann/0001.jpg", "0", "accepted")] + [("bob/0000.jpg", str(i), "leak") for i in range(5)]
+    landmarks = data.read_landmarks(out, ["ann/0000.jpg", "ann/0001.jpg"], 16)
+    assert same(landmarks, poses[[5, 3]], 0.01 / 16)
+    assert {*contents(out)} == {"ann/0000.jpg", "ann/0001.jpg", "grid.jpg", "landmarks.csv", "manifest.csv"}
+
+
+def test_a_set_of_which_half_was_rejected_is_no_cause_for_alarm_and_one_of_nothing_is(tmp_path, capsys):
+    half, nothing = tmp_path / "half", tmp_path / "nothing"
+    tell(half, "a.csv", [told("ann", 0, 0), told("ann", 0, 1, "accepted")])
+    grey(half / "ann/0000.jpg", 99)
+    sample.finish(half, 1, torch.rand(1, 5, 2), 16)
+    assert "WARNING" not in capsys.readouterr().out
+    tell(nothing, "a.csv", [told("ann", 0, i) for i in range(5)])
+    said = stops(capsys, sample.finish, nothing, 1, torch.rand(1, 5, 2), 16)
+    assert "every picture" in said and not (nothing / "manifest.csv").exists()
+
+
+def test_the_grid_has_rows_of_people_and_pictures_at_even_distances(tmp_path):
+    levels = {"ann": [0, 40, 80, 120], "bob": [200], "cy": [250]}
+    verdicts = []
+    for name, some in levels.items():
+        for index, level in enumerate(some):
+            verdicts.append(told(name, index, 0, "accepted"))
+            grey(tmp_path / verdicts[-1].file, level)
+    sample.draw_grid(tmp_path, verdicts)
+    image = data.open_image(tmp_path / "grid.jpg")
+    assert image.size == (4 * 18 + 2, 3 * 18 + 2)           # 18 pixels from one to the next; no row has more
+    sample.draw_grid(tmp_path, verdicts, rows=2, columns=2)
+    image = data.open_image(tmp_path / "grid.jpg")
+    assert image.size == (2 * 18 + 2, 2 * 18 + 2)
+    found = [image.getpixel((x, y))[0] for y in (10, 28) for x in (10, 28)]
+    assert np.abs(np.subtract(found, [0, 80, 200, 200])).max() < 9
+
+
 def test_real_people_are_filled_up_and_virtual_ones_begin_with_the_first(capsys):
     names = [f"name {i}" for i in range(7)]                 # 4 real people, 3 virtual ones
     rows = torch.tensor([0, 0, 2, 3, 3, 3, 3, 8, 8])        # of images; 8 has no prototype
@@ -1465,6 +1681,7 @@ def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path):
     prototypes = randomise(Prototypes(4, 3, 6))
     real, thresholds = sample.embed_real(Linear(16), prototypes, faces, rows)
     assert real.labels.tolist() == [2, 2, after, after, 3, 3, 0, 0]
+    assert real.thumbs is None                              # drawn pictures are no copies
     strangers = evaluate.resemblance(real, real, real.labels)
     assert thresholds == evaluate.thresholds_of(real, strangers)[0]
 
@@ -1760,6 +1977,129 @@ def test_a_judge_names_copies_even_if_it_has_collapsed(spread):
     assert ["98.jpg", "centre", f"{centre:.4f}", "p3", ""] in rows
 
 
+def test_the_picture_of_the_nearest_shows_each_above_its_real_image(tmp_path, monkeypatch):
+    levels = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).numpy()
+    drawn, real = torch.randperm(10), 20 + torch.randperm(10)
+    faces = [(level, None) for level in levels]
+    data_set = face_set(units(10, 6), torch.arange(10), faces=faces, index=drawn)
+    real_set = face_set(units(10, 6), torch.arange(10), faces=faces, index=real)
+    which = torch.arange(10) * 3 % 10
+    found = {"image": (torch.arange(10) / 10, which), "centre": (torch.rand(10), which * 0)}
+    shown = []
+
+    def save_image(grid, path, kind, nrow):
+        shown.append((grid, nrow))
+        path.touch()
+    monkeypatch.setattr(evaluate, "save_image", save_image)
+    evaluate.draw_closest(tmp_path / "new/closest.jpg", data_set, found, real_set)
+    (grid, nrow), = shown
+    top = [9, 8, 7, 6, 5, 4, 3, 2]                          # the nearest first
+    assert nrow == 8 and same(grid[:8, 0, 0, 0], drawn[top] / 255)
+    assert same(grid[8:, 0, 0, 0], real[which[top]] / 255)
+
+
+def test_a_table_leaves_out_what_is_nested_and_marks_what_is_unknown():
+    rows = {"set": dict(images=12, S=0.12345, D=None, leakage={}), "real": dict(images=3, S=2.0, D=0.5, leakage={})}
+    lines = evaluate.table("Title", rows).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert lines[0] == "Title"
+    assert cells == [["", "images", "S", "D"], ["---"] * 4, ["set", "12", "0.123", "-"], ["real", "3", "2", "0.5"]]
+
+
+class Audit:
+    """A folder with a recogniser of four people, sets that evaluate.py judges, and given thresholds."""
+
+    def __init__(self, cwd, monkeypatch):
+        self.cwd, self.monkeypatch = cwd, monkeypatch
+        images = random_images(12, 16)
+        save_set(cwd / "faces", images, 3, torch.rand(12, 5, 2))
+        save_set(cwd / "copied", images[:4], 2, torch.rand(4, 5, 2))
+        for name in ("new", "last", "strange"):
+            save_set(cwd / name, random_images(6, 32), 3, torch.rand(6, 5, 2))
+        names = [f"person {i}" for i in range(4)]
+        for name in ("fr", "fr-other"):
+            tiny_recogniser(cwd / "runs" / name, names, data=["faces"])
+
+    def __call__(self, *flags, code=0, line=2.0, cap=0.5):
+        """Runs evaluate.py, where only copies are found if the line is 2; what it prints, report, leaks."""
+        lines = {"centre": line, "image": line, "copy": 0.99}
+        self.monkeypatch.setattr(evaluate, "thresholds_of", lambda *_: (lines, cap))
+        printed = here("evaluate.py", *flags, cwd=self.cwd, code=code)
+        with open(self.cwd / "runs/report/leaks.csv") as file:
+            leaks = [*csv.DictReader(file)]
+        return printed, json.loads((self.cwd / "runs/report/report.json").read_text()), leaks
+
+
+@pytest.fixture
+def audit(tmp_path, monkeypatch):
+    return Audit(tmp_path, monkeypatch)
+
+
+def test_each_set_has_its_own_verdict_and_one_leak_is_enough_for_strict(audit):
+    sets = ["--datasets", "new", "copied", "last"]
+    printed, report, leaks = audit(*sets, "--strict", code=3)
+    verdicts = {name: row["leakage"]["verdict"] for name, row in report["datasets"].items()}
+    assert verdicts == dict(new="clean", copied="leaks", last="clean")
+    assert report["judge"] == "runs/fr" and report["real"]["leakage"]["verdict"] == "baseline"
+    assert report["real"]["images"] == 12 and report["real"]["leakage"]["copies"] == 0      # not of themselves
+    found = [(row["dataset"], row["file"], row["test"], row["image"]) for row in leaks]
+    originals = ["person 0/0.png", "person 0/1.png", "person 0/2.png", "person 1/0.png"]
+    for i, row in enumerate(found):
+        file = f"copied/person {i // 2}/{i % 2}.png"
+        assert row == ("copied", file, "copy", f"faces/{originals[i]}")
+    assert len(found) == 4
+    pictures = [name for name in contents(audit.cwd / "runs/report") if name.endswith(".jpg")]
+    assert sorted(pictures) == [f"{i}-{name}/closest.jpg" for i, name in enumerate(sets[1:], 1)]
+    assert "CAP" not in printed and "cap 0.500" in printed and "Accuracy" not in printed
+    for text in ("the real faces", "copied", "leaks", "baseline", "separability", "identities_over"):
+        assert text in printed
+    assert (audit.cwd / "runs/report/report.md").read_text() in printed
+
+    audit(*sets)                                            # without --strict, a leak is only reported
+    audit("--datasets", "new", "--strict")
+    assert not audit("--datasets", "copied", "--real", "strange", "--strict")[2]
+    assert "CAP APPLIES" in audit("--datasets", "new", cap=2.0)[0]
+
+
+def test_by_default_the_sampled_set_is_judged_by_the_first_recogniser(audit, capsys):
+    shutil.copytree(audit.cwd / "new", audit.cwd / "runs/virtual")
+    nothing = here("evaluate.py", cwd=audit.cwd, code=2)    # it is not complete
+    assert "no set to judge" in nothing
+    for name in ("run.json", "manifest.csv"):
+        (audit.cwd / "runs/virtual" / name).write_text('{"real_to": null}')
+    assert [*audit()[1]["datasets"]] == ["runs/virtual"]
+    assert audit("--fr", "runs/fr-other", "runs/fr")[1]["judge"] == "runs/fr-other"
+
+    edit(audit.cwd / "runs/fr", data=[])                    # as of published weights
+    assert "no set to judge" in here("evaluate.py", cwd=audit.cwd, code=2)
+    asked = here("evaluate.py", "--datasets", "new", cwd=audit.cwd, code=2)
+    assert "name real faces with --real" in asked
+
+
+def test_benchmarks_are_the_named_ones_or_those_of_the_recogniser(audit, monkeypatch):
+    pairs = random_images(40, 16).view(20, 2, 3, 16, 16)
+    for name in ("own", "lfw"):
+        toys.write_bin(audit.cwd / f"{name}.bin", pairs, 20, torch.Generator())
+    for name in ("runs/fr", "runs/fr-other"):
+        edit(audit.cwd / name, val=["own.bin"])
+    printed, report, _ = audit()
+    assert {*report["models"]} == {"runs/fr", "runs/fr-other"}
+    assert all({*scores} == {"own", "average"} for scores in report["models"].values())
+    scores = audit("--pairs", "own.bin", "lfw.bin", "--fr", "runs/fr")[1]["models"]["runs/fr"]
+    assert [*scores] == ["lfw", "own", "average"] and scores["average"] == scores["lfw"]["accuracy"]
+    assert "Accuracy" not in audit("--pairs", "--datasets", "new")[0]
+    printed = audit("--fr", "runs/fr")[0]
+    accuracy, std = (100 * report["models"]["runs/fr"]["own"][key] for key in ("accuracy", "std"))
+    assert f"{accuracy:.2f} ± {std:.2f} | " in printed
+
+    asked, load = [], model.load_recogniser
+    monkeypatch.setattr(evaluate, "load_recogniser", lambda path, bgr: asked.append(bgr) or load(path))
+    audit("--bgr")
+    audit("--no-bgr")
+    audit()
+    assert asked == [True] * 2 + [False] * 2 + [None] * 2
+
+
 # ---------------------------------------------------------------------------------------------------- batches
 
 def numbered_set(root, count=11):
@@ -2040,8 +2380,9 @@ def copied(pipeline, tmp_path):
 
 
 def edit(folder, change=lambda tensors: None, **meta):
-    """Changes tensors and metadata of a checkpoint, which its folder is named after."""
-    tensors, before = model.load_model(folder, folder.name)
+    """Changes tensors and metadata of a checkpoint, of the stage that its folder is named after."""
+    stage = folder.name.split("-")[0]
+    tensors, before = model.load_model(folder, stage)
     change(tensors)
     metadata = {"vigface": json.dumps(before | meta)}
     save_file(tensors, folder / "model.safetensors", metadata)
@@ -2404,6 +2745,9 @@ ABSURD = [
     {"config": []},
     {"names": ["../../outside"]},
     {"names": [""]},
+    {"names": ["."]},
+    {"names": [".."]},
+    {"names": ["a\0b"]},
     {"names": 3},
     {"stage": None}]
 
