@@ -414,7 +414,7 @@ def test_the_moment_of_people_is_the_mean_over_pairs_of_images_of_one_person():
     assert same(model.person_moment(f, labels), total / total.trace())
     alone = units(5000, 4)                                  # so many that rounding would show
     moment = alone.T @ alone
-    found = model.person_moment(alone, torch.arange(5000))
+    found = model.person_moment(alone, torch.arange(5000).flip(0))
     assert same(found, moment / moment.trace(), 1e-4)
 
     sums, count = model.class_sums(f, labels)
@@ -1173,11 +1173,13 @@ def test_mirrored_twice_is_as_before(monkeypatch):
     assert torch.equal(twice, x) and same(points, landmarks)
 
 
-def tiny_recogniser(folder, names, size=16, **meta):
-    """Saves a recogniser that knows these people and as many virtual ones."""
+def tiny_recogniser(folder, names, size=16, virtual=None, **meta):
+    """Saves a recogniser that knows these people and as many virtual ones, if not told otherwise."""
+    virtual = len(names) if virtual is None else virtual
     backbone = randomise(Recogniser(size=size, dim=6, **TINY))
-    prototypes = randomise(Prototypes(len(names), len(names), 6))
-    prototypes.settle(torch.eye(6) / 6)
+    prototypes = randomise(Prototypes(len(names), virtual, 6))
+    if virtual:
+        prototypes.settle(torch.eye(6) / 6)
     tensors = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
     meta |= dict(names=names, val=[], step=1, steps=1, prototypes=prototypes.config)
     model.save_model(folder, "fr", backbone.config, tensors, **meta)
@@ -1255,7 +1257,7 @@ def test_stage_2_trains_as_this_loop_does(tmp_path, monkeypatch):
     assert "real 0.300 virtual 0.750" in printed and len(lines) == 6
 
 
-def test_a_saved_recogniser_comes_back_frozen(tmp_path):
+def test_a_saved_recogniser_comes_back_frozen(tmp_path, capsys):
     saved, prototypes = tiny_recogniser(tmp_path, ["ann", "bob"], data=[])
     backbone, loaded, meta = model.load_recogniser(tmp_path)
     assert meta["names"] == ["ann", "bob"]
@@ -1264,6 +1266,7 @@ def test_a_saved_recogniser_comes_back_frozen(tmp_path):
     assert same(backbone(x), saved(x))                      # in evaluation mode
     parameters = [*backbone.parameters(), *loaded.parameters()]
     assert not any(p.requires_grad for p in parameters)
+    assert "from fr_train.py" in stops(capsys, model.load_model, tmp_path, "dit")
 
 
 class Counted:
@@ -1334,15 +1337,70 @@ def test_a_folder_belongs_to_one_run(tmp_path, capsys):
 def test_a_killed_run_gets_back_its_step_its_modules_and_its_log(tmp_path, capsys):
     assert model.resume(tmp_path, {}) == 0                  # nothing is saved yet
     saved, other = nn.Linear(2, 3), nn.Linear(2, 3)
-    model.save_state(tmp_path, 7, {"one": saved, "two": other})
+    model.save_state(tmp_path, 7, {"net": saved, "optimizer": other})
     one, two = nn.Linear(2, 3), nn.Linear(2, 3)
-    assert model.resume(tmp_path, {"one": one, "two": two}) == 7
+    assert model.resume(tmp_path, {"net": one, "optimizer": two}) == 7
     assert torch.equal(one.weight, saved.weight) and torch.equal(two.bias, other.bias)
     model.log(tmp_path, "step 7")
     model.log(tmp_path, "step 8")
     assert (tmp_path / "log.txt").read_text() == "step 7\nstep 8\n"
     said = capsys.readouterr().out
     assert "after step 7" in said and said.endswith("step 7\nstep 8\n")
+
+
+def test_a_state_runs_nothing(tmp_path, capsys):
+    class Program:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+    torch.save({"step": Program()}, tmp_path / "state.pt")
+    stops(capsys, model.resume, tmp_path, {})
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_stage_continues_with_other_outputs_but_not_with_other_faces(tmp_path, monkeypatch):
+    save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
+    recipe = dict(epochs=1, batch=4, scale=6.0, net=dict(dim=8) | TINY)
+    monkeypatch.setitem(model.RECOGNISERS, "tiny", recipe)
+    monkeypatch.setitem(model.DIT_SIZES, "Ti", dict(width=16, depth=1, heads=2))
+    monkeypatch.setattr(dit_train, "preview", lambda *_: torch.zeros(8, 8))
+    pairs = random_images(40, 32).view(20, 2, 3, 32, 32)
+    toys.write_bin(tmp_path / "pairs.bin", pairs, 20, torch.Generator())
+    commands = [("fr_train.py --data faces --virtual 3 --epochs 1 --out", "--val pairs.bin"),
+                ("dit_train.py --fr fr_train.py --arch Ti/4 --steps 1 --batch 4 --out", "--weights other")]
+    for command, harmless in commands:
+        name, *flags = command.split()
+        here(name, *flags, name, cwd=tmp_path)              # the folder is named after the script
+    saved, _ = model.load_model(tmp_path / "dit_train.py", "dit")
+    assert len(saved["dit.position"]) == 64                 # Ti/4 has tokens of 4 x 4 pixels
+
+    for command, harmless in commands[::-1]:
+        name, *flags = command.split()
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+        said = here(name, *flags, f"moved-{name}", *harmless.split(), cwd=tmp_path)
+        assert "after step" in said
+        (tmp_path / f"moved-{name}").rename(tmp_path / name)
+
+    for path in (tmp_path / "faces/person 3").glob("*.png"):
+        path.rename(tmp_path / "faces/person 0" / path.name.replace("0", "2").replace("1", "3"))
+    said = here("fr_train.py", *commands[0][0].split()[1:], "fr_train.py", cwd=tmp_path, code=2)
+    assert "people = 4, now 3" in said
+    (tmp_path / "faces/person 0/0.png").unlink()
+    for command, _ in commands:
+        name, *flags = command.split()
+        assert "images = 8, now 7" in here(name, *flags, name, cwd=tmp_path, code=2)
+
+
+def test_stage_2_draws_in_the_size_of_its_recogniser(tmp_path, monkeypatch):
+    """Also where nobody is virtual; a preview then shows four real people or fewer."""
+    save_set(tmp_path / "faces", random_images(6, 32), 2, torch.rand(6, 5, 2))
+    names = [f"person {i}" for i in range(3)]
+    tiny_recogniser(tmp_path / "runs/fr", names, virtual=0, data=["faces"])
+    monkeypatch.setitem(model.DIT_SIZES, "Ti", dict(width=16, depth=1, heads=2))
+    monkeypatch.setattr(dit_train, "preview", lambda path, dit, backbone, w, *_: torch.ones(len(w), 8))
+    said = here("dit_train.py", "--steps", 1, "--batch", 4, cwd=tmp_path)
+    assert "own cosine real 1.000\n" in said
+    _, meta = model.load_model(tmp_path / "runs/dit", "dit")
+    assert meta["config"]["size"] == 16
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
@@ -2196,6 +2254,109 @@ def test_folders_unite_by_identity_name(tmp_path):
     assert faces.landmarks[6:].isnan().all()
     assert faces.path(3) == f"{tmp_path}/a/person 1/1.png"
     assert torch.equal(images_of(faces)[:6], images)
+
+
+def test_people_are_the_rows_of_their_names_and_others_come_after_them():
+    x, b, a, y = data.rows_of(["x", "b", "a", "y"], ["a", "b", "c"]).tolist()
+    assert (a, b) == (0, 1) and x >= 3 and y >= 3 and x != y
+
+
+def test_images_are_listed_by_person_and_name(tmp_path, capsys):
+    """However deep they lie and behind links; not hidden ones, nor what lies above people."""
+    for name in ("b/2.PNG", "a/1.jpg", "a/deep/0.png", "a/plain", "a/.hidden.png", "a/.git/3.png", "top.png", "a/a.txt"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/5.webp").touch()
+    (tmp_path / "set/c").symlink_to(tmp_path / "elsewhere")
+    expected = ["a/1.jpg", "a/deep/0.png", "a/plain", "b/2.PNG", "c/5.webp"]
+    assert data.list_images(tmp_path / "set") == expected
+    said = capsys.readouterr().out
+    assert "left out 1 files" in said and "a/a.txt" in said
+    identities, names, offsets = data.list_source(tmp_path / "set")
+    assert identities == ["a", "a", "a", "b", "c"] and names == expected and set(offsets) == {data.NO_RECORD}
+
+
+def test_tables_hold_any_name(tmp_path):
+    rows = [["a, b", "1"], ["caf\udce9", "2"], ["two\nlines", ""]]
+    data.write_csv(tmp_path / "new/table.csv", ["file", "number"], rows)
+    assert data.read_csv(tmp_path / "new/table.csv") == [["file", "number"], *rows]
+    with open(tmp_path / "new/table.csv", "a") as file:
+        file.write("\n\n")                                  # empty lines are no rows
+    assert len(data.read_csv(tmp_path / "new/table.csv")) == 4
+
+
+@pytest.mark.parametrize("header", ["file,x1,y1,x2,y2,x3,y3,x4,y4,x5,y5\n", ""])
+def test_landmarks_are_found_by_name_in_pixels_of_their_image(tmp_path, header):
+    points = data.TEMPLATE * 64
+    points[0, 0] = -10                                      # near the image will do
+    lines = []
+    for name in ("b.png", "strange.png", "a.png"):
+        lines.append(",".join([name, *map(str, points.flatten().tolist())]))
+        points = points + 1
+    (tmp_path / "landmarks.csv").write_text(header + "\n".join(lines))
+    found = data.read_landmarks(tmp_path, ["a.png", "none.png", "b.png"], 64)
+    assert same(found[2], (points - 3) / 64) and same(found[0], (points - 1) / 64)
+    assert found[1].isnan().all()
+    assert data.read_landmarks(tmp_path / "none", ["a.png"], 64).isnan().all()
+
+
+@pytest.mark.parametrize("first", ["", "nan,", "200,", "-70,"])         # nothing, no number, far away
+def test_landmarks_that_are_none_are_refused(tmp_path, capsys, first):
+    (tmp_path / "landmarks.csv").write_text(f"a.png,{first}1,1,1,1,1,1,1,1,1")
+    assert "a.png" in stops(capsys, data.read_landmarks, tmp_path, ["a.png"], 64)
+
+
+def test_landmarks_are_written_with_two_digits_under_a_header(tmp_path):
+    points = torch.arange(10.0).view(5, 2) + 0.126
+    data.write_landmarks(tmp_path / "landmarks.csv", [("a.png", points)])
+    header, row = data.read_csv(tmp_path / "landmarks.csv")
+    assert header == "file x1 y1 x2 y2 x3 y3 x4 y4 x5 y5".split()
+    assert row == ["a.png", *(f"{i}.13" for i in range(10))]
+
+
+def test_faces_are_alike_in_memory_and_on_disk(tmp_path):
+    """Of two sources: a set that was filled up comes last, whatever was named first."""
+    folder(tmp_path / "real", 3, 2, size=48)
+    folder(tmp_path / "more", 3, 2)
+    (tmp_path / "more/person 1/0.png").write_bytes(b"broken")
+    (tmp_path / "more/run.json").write_text('{"real_to": 4}')
+    (tmp_path / "more/manifest.csv").touch()
+    sources = [tmp_path / "more", tmp_path / "real"]
+    with pytest.warns(UserWarning):
+        memory, disk = data.Faces(sources), data.Faces(sources, memory=0)
+        small = data.Faces(sources, 16)
+        order = [torch.tensor([8, 0, 11]), torch.tensor([7])]           # 8 is broken
+        loaded = [[*map(torch.cat, zip(*faces.loader(order)))] for faces in (memory, disk)]
+    assert memory.size == disk.size == 48 and small.size == 16
+    assert memory.items is not None and disk.items is None
+    assert "/real/" in disk.path(0) and "/more/" in disk.path(6)
+    assert disk.sides.tolist() == [48] * 6 + [32] * 6
+    for images, indices in loaded:
+        assert indices.tolist() == [9, 0, 11, 7]            # the next one stands in, with its index
+        assert images.shape == (4, 3, 48, 48)
+        for image, i in zip(images, indices.tolist()):
+            with Image.open(disk.path(i)) as file:
+                assert torch.equal(image, data.to_tensor(file.convert("RGB"), 48))
+    for i in (0, 6):                                        # each source has landmarks of its own
+        root = Path(disk.path(i)).parents[1]
+        expected = data.read_landmarks(root, ["person 0/0.png"], int(disk.sides[i]))
+        assert torch.equal(disk.landmarks[i], expected[0])
+
+
+def test_the_last_image_is_followed_by_the_first_and_a_disk_that_fails_is_said(tmp_path, monkeypatch):
+    folder(tmp_path / "a", 2, 2)
+    (tmp_path / "a/person 1/1.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="person 1/1.png.*next image stands in"):
+        assert data.Faces([tmp_path / "a"], memory=0)[3][1] == 0
+    faces = data.Faces([tmp_path / "a"], memory=0)
+
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(data, "open_stored", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        faces[0]
 
 
 def test_people_who_are_numbers_in_two_sources_may_be_strangers(tmp_path, capsys):
