@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"                     # networks are so small 
 
 import contextlib
 import csv
+import hashlib
 import importlib
 import io
 import itertools
@@ -1261,6 +1262,8 @@ def test_a_saved_recogniser_comes_back_frozen(tmp_path, capsys):
     saved, prototypes = tiny_recogniser(tmp_path, ["ann", "bob"], data=[])
     backbone, loaded, meta = model.load_recogniser(tmp_path)
     assert meta["names"] == ["ann", "bob"]
+    written = (tmp_path / "model.safetensors").read_bytes()
+    assert meta["sha256"] == model.digest(tmp_path) == hashlib.sha256(written).hexdigest()
     assert torch.equal(loaded.to_draw(), prototypes.to_draw())
     x = torch.randn(2, 3, 16, 16)
     assert same(backbone(x), saved(x))                      # in evaluation mode
@@ -1742,6 +1745,85 @@ def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path):
     assert real.thumbs is None                              # drawn pictures are no copies
     strangers = evaluate.resemblance(real, real, real.labels)
     assert thresholds == evaluate.thresholds_of(real, strangers)[0]
+
+
+@pytest.fixture
+def studio(tmp_path, monkeypatch):
+    """A folder with a recogniser of three people, a DiT, and faces; thresholds that reject nothing."""
+    save_set(tmp_path / "faces", random_images(7, 16), 3, torch.rand(7, 5, 2))          # one of person 2
+    tiny_recogniser(tmp_path / "runs/fr", [f"person {i}" for i in (2, 0, 1)], data=["faces"])
+    dit = randomise(DiT(16, dim=6, width=16, depth=1, heads=2), 0.1)
+    tensors = {"dit": dit.state_dict(), "poses": {"landmarks": torch.rand(9, 5, 2)}}
+    meta = dict(fr_sha256=model.digest(tmp_path / "runs/fr"), step=1, steps=1)
+    model.save_model(tmp_path / "runs/dit", "dit", dit.config, tensors, **meta)
+    thresholds = dict(centre=2.0, image=2.0)
+    monkeypatch.setattr(sample, "thresholds_of", lambda *_: (thresholds, 1.0))
+    return tmp_path
+
+
+FEW = "--virtual 2 --per-id 3 --steps 3 --batch 4".split()
+
+
+@pytest.mark.parametrize("flags, guidance", [
+    ("", 1), ("--paper", 4), ("--paper --guidance 2", 2), ("--guidance 0", 0)])
+def test_guidance_is_the_paper_s_where_it_is_asked_for(studio, monkeypatch, flags, guidance):
+    asked, guided = [], model.guided
+    spy = lambda dit, w, landmarks, g: asked.append(g) or guided(dit, w, landmarks, g)
+    monkeypatch.setattr(sample, "guided", spy)
+    here("sample.py", *FEW, *flags.split(), cwd=studio)
+    assert asked == [guidance, guidance]                    # two batches
+
+
+def test_virtual_people_are_named_after_their_recogniser(studio):
+    said = here("sample.py", *FEW, cwd=studio)
+    assert "6 images; 0 too near a real person, 0 left out" in said
+    out, prefix = studio / "runs/virtual", model.digest(studio / "runs/fr")[:6]
+    expected = [f"{prefix}-{person:06d}/{i:04d}.jpg" for person in range(2) for i in range(3)]
+    assert pictures_of(contents(out)) == expected
+    poses = model.load_model(studio / "runs/dit", "dit")[0]["poses.landmarks"]
+    chosen = [int(row["landmarks_from"]) for row in manifest(out)]
+    assert same(data.Faces([out]).landmarks, poses[chosen], 0.01 / 16)
+    for i, row in enumerate(manifest(out)):
+        name = f"{prefix}-{i // 3:06d}"
+        assert chosen[i] == sample.seed_of(0, name, i % 3) % 9 and row["identity"] == name
+
+
+def test_a_finished_set_is_left_alone_and_may_be_moved(studio):
+    here("sample.py", *FEW, cwd=studio)
+    before = contents(studio / "runs/virtual")
+    (studio / "runs/virtual").rename(studio / "moved")
+    again = ["sample.py", *FEW, "--out", "moved", "--batch", 3]
+    assert "already complete" in here(*again, cwd=studio)
+    for other in (["--seed", 1], ["--per-id", 4], ["--guidance", 2], ["--steps", 4]):
+        assert "started with" in here(*again, *other, cwd=studio, code=2)
+    edit(studio / "runs/dit", step=2)
+    assert "dit_sha256" in here(*again, cwd=studio, code=2)
+    assert before == contents(studio / "moved")
+    edit(studio / "runs/fr", step=2)
+    assert "another recogniser" in here(*again, cwd=studio, code=2)
+
+
+def test_real_people_are_filled_up_to_a_number_of_images(studio):
+    here("sample.py", *FEW, "--real-to", 3, cwd=studio)
+    files = pictures_of(contents(studio / "runs/real-aug"))
+    assert files == ["person 2/0000.jpg", "person 2/0001.jpg"]
+    save_set(studio / "few", random_images(4, 32), 2, torch.rand(4, 5, 2))              # of persons 0 and 1
+    here("sample.py", *FEW, "--real-to", 3, "--real", "few", "--out", "more", cwd=studio)
+    assert pictures_of(contents(studio / "more")) == ["person 0/0000.jpg", "person 1/0000.jpg"]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_batch_that_cannot_be_written_ends_the_run(studio, monkeypatch, failing):
+    count, write_batch = itertools.count(1), sample.write_batch
+
+    def fails(*given):
+        if next(count) == failing:
+            raise OSError("the disk is full")
+        write_batch(*given)
+    monkeypatch.setattr(sample, "write_batch", fails)
+    with pytest.raises(OSError, match="full"):
+        here("sample.py", *FEW, "--batch", 2, cwd=studio)
+    assert not (studio / "runs/virtual/manifest.csv").exists()
 
 
 # ----------------------------------------------------------------------------------------------- verification
@@ -2244,15 +2326,15 @@ def images_of(faces):
 
 
 def test_folders_unite_by_identity_name(tmp_path):
-    images, points = folder(tmp_path / "a", 3, 2)
+    images, points = folder(tmp_path / "z", 3, 2)
     folder(tmp_path / "b", 4, 1, size=48, landmarks=False)
-    faces = data.Faces([tmp_path / "a", tmp_path / "b"])
+    faces = data.Faces([tmp_path / "z", tmp_path / "b"])
     assert list(faces.people) == ["person 0", "person 1", "person 2", "person 3"]
     assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2, 3]
     assert faces.size == 32 and len(faces) == 10            # the first decides on the size
     assert same(faces.landmarks[:6], points, 1e-3)
     assert faces.landmarks[6:].isnan().all()
-    assert faces.path(3) == f"{tmp_path}/a/person 1/1.png"
+    assert faces.path(3) == f"{tmp_path}/z/person 1/1.png"
     assert torch.equal(images_of(faces)[:6], images)
 
 
@@ -2345,6 +2427,16 @@ def test_faces_are_alike_in_memory_and_on_disk(tmp_path):
         assert torch.equal(disk.landmarks[i], expected[0])
 
 
+def test_for_an_unreadable_record_the_next_one_stands_in(tmp_path):
+    images = random_images(2, 8)
+    pngs = [stored(to_pil_image(image)).getvalue() for image in images]
+    write_records(tmp_path / "set", [pngs[0], b"broken", pngs[1]], [0, 0, 1])
+    with pytest.warns(UserWarning):
+        faces = data.Faces([tmp_path / "set"])
+    assert torch.equal(images_of(faces), images[[0, 1, 1]])
+    assert [i for _, i in faces.items] == [0, 2, 2]
+
+
 def test_the_last_image_is_followed_by_the_first_and_a_disk_that_fails_is_said(tmp_path, monkeypatch):
     folder(tmp_path / "a", 2, 2)
     (tmp_path / "a/person 1/1.png").write_bytes(b"broken")
@@ -2362,7 +2454,7 @@ def test_the_last_image_is_followed_by_the_first_and_a_disk_that_fails_is_said(t
 def test_people_who_are_numbers_in_two_sources_may_be_strangers(tmp_path, capsys):
     """They are refused, unless the second source fills up the people of the first."""
     for source in "abc":
-        for person in ("7", f"name {source}"):
+        for person in ("7", "both", f"name {source}"):
             folder(tmp_path / source / person, 1, 2, landmarks=False)
     sources = [tmp_path / source for source in "abc"]
     said = stops(capsys, data.Faces, sources[:2])
@@ -2372,8 +2464,8 @@ def test_people_who_are_numbers_in_two_sources_may_be_strangers(tmp_path, capsys
     (tmp_path / "b/manifest.csv").touch()                   # it is complete
     for order in (sources[:2], sources[1::-1]):
         faces = data.Faces(order)
-        assert faces.labels.bincount().tolist() == [4, 2, 2]
-        assert "1 of its people" in capsys.readouterr().out
+        assert faces.labels.bincount().tolist() == [4, 4, 2, 2]
+        assert "2 of its people" in capsys.readouterr().out
     assert "7" in stops(capsys, data.Faces, [sources[1], sources[0], sources[2]])
     (tmp_path / "b/run.json").write_text('{"real_to": null}')           # virtual people, named alike
     assert "7" in stops(capsys, data.Faces, sources[:2])
@@ -2910,15 +3002,19 @@ ABSURD = [
     {"names": [".."]},
     {"names": ["a\0b"]},
     {"names": 3},
+    {"step": 0},
     {"stage": None}]
 
 
-def test_a_checkpoint_with_absurd_metadata_is_refused(copied, capsys):
-    path = copied / "runs/fr/model.safetensors"
-    tensors, meta = model.load_model(path.parent, "fr")
+def test_a_checkpoint_with_absurd_metadata_is_refused(tmp_path, capsys):
+    tiny_recogniser(tmp_path, ["ann", "bob"], data=[])
+    path = tmp_path / "model.safetensors"
+    tensors, meta = model.load_model(tmp_path, "fr")
     for absurd in ABSURD:
         save_file(tensors, path, {"vigface": json.dumps(meta | absurd)})
         stops(capsys, model.load_recogniser, path.parent)
+    save_file(tensors, path, {"vigface": json.dumps(meta)})
+    model.load_recogniser(path.parent)                      # as it was, it is one
 
 
 def test_a_checkpoint_that_was_cut_short_is_refused(copied, capsys):
