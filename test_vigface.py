@@ -2427,6 +2427,30 @@ def test_faces_are_alike_in_memory_and_on_disk(tmp_path):
         assert torch.equal(disk.landmarks[i], expected[0])
 
 
+def test_a_scan_shows_every_image_in_order(tmp_path):
+    faces, order = numbered_set(tmp_path / "faces"), torch.arange(300) % 11
+    seen = [*faces.scan(order, "two batches")]
+    assert torch.equal(torch.cat([i for _, i in seen]), order)
+    images = torch.cat([images for images, _ in seen])
+    assert torch.equal(images[:, 0, 0, 0].long(), order)
+
+
+def test_a_crop_of_another_size_is_one_clear_line_from_a_worker_too(tmp_path, capsys):
+    faces = numbered_set(tmp_path / "faces", 101)
+    Image.new("RGB", (9, 8)).save(tmp_path / "faces/person 0/1.png")
+    faces.items = None                                      # as if memory did not suffice
+    said = stops(capsys, list, faces.loader([np.array([0, 1])]))
+    assert said.startswith(f"error: {tmp_path}/faces/person 0/1.png: 9 x 8 pixels, expected 8 x 8")
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_by(tmp_path, monkeypatch):
+    def refuses(path):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(PermissionError):
+        list(data.list_files(tmp_path))
+
+
 def test_for_an_unreadable_record_the_next_one_stands_in(tmp_path):
     images = random_images(2, 8)
     pngs = [stored(to_pil_image(image)).getvalue() for image in images]
