@@ -1451,6 +1451,23 @@ def test_stage_2_draws_in_the_size_of_its_recogniser(tmp_path, monkeypatch):
     _, meta = model.load_model(tmp_path / "runs/dit", "dit")
     assert meta["config"]["size"] == 16
 
+    rows = data.read_csv(tmp_path / "faces/landmarks.csv")
+    data.write_csv(tmp_path / "faces/landmarks.csv", rows[0], rows[1:-1])
+    asked = []
+
+    def complete(faces, out, weights):                      # a single face lacks landmarks
+        asked.append((out.name, weights, faces.landmarks.isnan().any(2).any(1).tolist()))
+        faces.landmarks[-1] = data.TEMPLATE
+    monkeypatch.setattr(retinaface, "complete_landmarks", complete)
+    here(*"dit_train.py --steps 1 --batch 4 --out new --weights file".split(), cwd=tmp_path)
+    assert asked == [("new", "file", [False] * 5 + [True])]
+
+    tiny_recogniser(tmp_path / "nobody", [], data=[])       # like published weights
+    assert "with prototypes" in here("dit_train.py", "--fr", "nobody", cwd=tmp_path, code=2)
+    tiny_recogniser(tmp_path / "others", names[1:], data=["faces"])
+    said = here("dit_train.py", "--fr", "others", cwd=tmp_path, code=2)
+    assert "1 people have no prototype, such as person 0" in said
+
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     path = tmp_path / "kept.txt"
