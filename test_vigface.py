@@ -1593,6 +1593,8 @@ def test_a_picture_follows_from_seed_person_index_and_attempt_alone(monkeypatch)
     assert torch.equal(alone["noise"], noise[[2, 2, 2]])
     assert torch.equal(alone["w"], W[[3, 3, 3]])
     assert torch.equal(alone["landmarks"], poses[[7, 7, 7]])
+    elsewhere = [sample.Job(5, "one", 0, 0, 5)]             # nor does the row of a name
+    assert torch.equal(drawn(monkeypatch, elsewhere, W, poses)["noise"][0], noise[0])
     other_seed = drawn(monkeypatch, jobs, W, poses, seed=1)["noise"]
     assert (other_seed != noise).flatten(1).any(1).all()
     assert torch.equal(drawn(monkeypatch, jobs, W, poses)["noise"], noise)
@@ -1663,6 +1665,10 @@ def test_a_picture_is_judged_against_every_other_real_person_and_image(monkeypat
         lines = {"centre": 2.0, "image": 2.0} | {test: line}
         expected = ["leak" if cosine > line else "accepted" for cosine in cosines]
         assert [verdict.verdict for verdict in judged(**lines)] == expected
+
+    near = dict.fromkeys(["centre", "image"], (torch.full([7], 0.5), None))
+    monkeypatch.setattr(sample, "resemblance", lambda *_: near)         # at the line is below it
+    assert {verdict.verdict for verdict in judged(0.5, 0.5)} == {"accepted"}
 
 
 def told(name, index, attempt, verdict="leak", pose=0, own=0.5):
@@ -1793,6 +1799,7 @@ def test_real_people_are_filled_up_and_virtual_ones_begin_with_the_first(capsys)
         args = Namespace(**given | flags)
         return sample.people_to_draw(args, names, 4, rows)
     assert wanted() == {4: 5, 5: 5}
+    assert wanted(virtual=3, per_id=1) == {4: 1, 5: 1, 6: 1}
     assert wanted(real_to=4) == {0: 2, 2: 3}                # nobody has no image, and 3 has four
     assert "nobody" in stops(capsys, lambda: wanted(real_to=1))
     assert "expected 1 to 3" in stops(capsys, lambda: wanted(virtual=4))
