@@ -1971,6 +1971,7 @@ def test_consistency_separability_and_diversity_against_loops():
     alone = torch.arange(12)
     assert evaluate.consistency_separability(f, alone)[0] is None
     assert evaluate.diversity(quality, alone) is None
+    assert evaluate.consistency_separability(f, 0 * alone)[1] == 1      # of one person
 
 
 def naive_nearest(f, targets, labels, of):
@@ -2213,6 +2214,16 @@ def test_the_picture_of_the_nearest_shows_each_above_its_real_image(tmp_path, mo
     assert same(grid[8:, 0, 0, 0], real[which[top]] / 255)
 
 
+def test_offenders_are_told_with_their_files():
+    drawn = face_set(units(3, 6), torch.arange(3), index=torch.tensor([5, 3, 4]))
+    real = face_set(units(4, 6), torch.tensor([1, 0, 1, 2]), index=torch.tensor([7, 9, 8, 6]))
+    found = {"centre": (torch.tensor([0.5, 0.75, 0]), torch.tensor([0, 2, 0])),
+             "image": (torch.tensor([0.75, 0.5, 0]), torch.tensor([2, 0, 0]))}
+    rows = [*evaluate.offenders(drawn, found, dict(centre=0.5, image=0.5), real)]
+    assert rows[0] == ["3.jpg", "centre", "0.7500", "p2", ""]           # at the line is below it
+    assert rows[1:] == [["5.jpg", "image", "0.7500", "p1", "8.jpg"]]
+
+
 def test_a_table_leaves_out_what_is_nested_and_marks_what_is_unknown():
     rows = {"set": dict(images=12, S=0.12345, D=None, leakage={})}
     rows["real"] = dict(images=3, S=2.0, D=0.5, leakage={})
@@ -2308,7 +2319,7 @@ def test_benchmarks_are_the_named_ones_or_those_of_the_recogniser(audit, monkeyp
     assert "Accuracy" not in audit("--pairs", "--datasets", "new")[0]
     printed = audit("--fr", "runs/fr")[0]
     accuracy, std = (100 * report["models"]["runs/fr"]["own"][key] for key in ("accuracy", "std"))
-    assert f"{accuracy:.2f} ± {std:.2f} | " in printed
+    assert f"{accuracy:.2f} ± {std:.2f} | {accuracy:13.2f} |" in printed
 
     asked, load = [], model.load_recogniser
     monkeypatch.setattr(evaluate, "load_recogniser", lambda path, bgr: asked.append(bgr) or load(path))
