@@ -1033,6 +1033,12 @@ def test_stage_1_blacks_out_all_but_a_box_as_adaface_does():
         place = start[roomy] / (1 - length[roomy])
         assert alike(place, torch.rand(3000), 0.08)
 
+    roomy = (tall < 0.7) & (wide < 0.7)                     # how high says nothing of how far left
+    top = rows.float().argmax(1) / side / (1 - tall)
+    left = columns.float().argmax(1) / side / (1 - wide)
+    pairs = torch.stack([top[roomy], left[roomy]])
+    assert pairs.corrcoef()[0, 1].abs() < 0.15
+
 
 def save_set(root, images, per_person, landmarks):
     """Writes images (M, 3, S, S) as a folder of people, and landmarks.csv."""
@@ -2268,7 +2274,8 @@ def test_each_set_has_its_own_verdict_and_one_leak_is_enough_for_strict(audit):
     printed, report, leaks = audit(*sets, "--strict", code=3)
     verdicts = {name: row["leakage"]["verdict"] for name, row in report["datasets"].items()}
     assert verdicts == dict(new="clean", copied="leaks", last="clean")
-    assert report["judge"] == "runs/fr" and report["real"]["leakage"]["verdict"] == "baseline"
+    assert report["judge"] == "runs/fr" and report["models"] == {}
+    assert report["real"]["leakage"]["verdict"] == "baseline"
     assert report["real"]["images"] == 12
     assert report["real"]["leakage"]["copies"] == 0         # not of themselves
     found = [(row["dataset"], row["file"], row["test"], row["image"]) for row in leaks]
