@@ -1134,7 +1134,8 @@ def test_free_prototypes_are_drawn_as_they_were_trained(tmp_path, monkeypatch):
         _, prototypes, _ = model.load_recogniser(tmp_path / name)
         left = same(prototypes.to_draw()[4:], unit(prototypes.virtual))
         assert left == (name == "paper") == (not prototypes.settled.any())
-    here("fr_train.py", "--data", "faces", "--epochs", 1, "--virtual", 0, cwd=tmp_path)         # nobody settles
+    nobody = "--data faces --epochs 1 --virtual 0"          # settles
+    here("fr_train.py", *nobody.split(), cwd=tmp_path)
 
 
 def test_stage_1_tells_mean_losses_since_the_last_line(tmp_path, monkeypatch):
