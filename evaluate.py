@@ -6,7 +6,7 @@
 
 The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.md (the tables it prints),
 OUT/leaks.csv (every image that comes too close to a real person, and to whom) and the nearest pairs as a
-picture. fr_train.py tests with `verification`, and sample.py judges its pictures with `resemblance`.
+picture. fr_train.py tests with `verification`, and it and sample.py look at real faces by `embed_faces`.
 """
 import argparse
 import json

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from data import Faces, batches, demo, named_benchmarks, read_benchmark
-from evaluate import pair_distances, verification
-from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, claim, compiled, embed,
-                   fail, log, person_moment, positive, resume, run, save_model, save_state, stop_unless_finite,
+from evaluate import embed_faces, pair_distances, verification
+from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, claim, compiled, fail, log,
+                   person_moment, positive, resume, run, save_model, save_state, stop_unless_finite,
                    vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,12 +60,11 @@ def augment(x, p=0.2):
 
     # A box of a fifth of the image or more, its sides from 3 : 4 to 4 : 3, anywhere.
     area, ratio = uniform(0.2, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-    height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
-    top, left = uniform(0, 1) * (1 - height), uniform(0, 1) * (1 - width)
+    sides = torch.stack([area / ratio, area * ratio]).sqrt().clamp(max=1)       # (2, B, 1, 1, 1): tall, wide
+    start = torch.rand_like(sides) * (1 - sides)                                # top, left
     grid = (torch.arange(S, device=x.device) + 0.5) / S
-    rows = ((grid > top) & (grid < top + height)).mT                            # (B, 1, S, 1)
-    columns = (grid > left) & (grid < left + width)                             # (B, 1, 1, S)
-    cropped = torch.where(rows & columns, x, -1.0)                              # -1 is black
+    rows, columns = (grid > start) & (grid < start + sides)                     # (B, 1, 1, S) each
+    cropped = torch.where(rows.mT & columns, x, -1.0)                           # -1 is black
     return torch.where(uniform(0, 1) < p, cropped, x)
 
 
@@ -82,14 +81,6 @@ def fill_in(args, faces):
         fail("expected 2 or more people, --batch of 2 or more, --virtual of 0 or more; found "
              f"{n}, {args.batch}, {args.virtual}")
     args.epochs = args.epochs or max(recipe["epochs"], math.ceil(1250 / (len(faces) // args.batch)))
-
-
-def settle(backbone, prototypes, faces):
-    """Settles the virtual prototypes by the embeddings of all faces, which takes a pass over the images."""
-    indices = torch.arange(len(faces))
-    seen = [(embed(backbone, images), faces.labels[i]) for images, i in faces.scan(indices, "settling")]
-    f, labels = map(torch.cat, zip(*seen))
-    prototypes.settle(person_moment(f, labels.to(f.device)))
 
 
 def main():
@@ -147,7 +138,8 @@ def main():
             losses.zero_()
             backbone.eval()
             if step + 1 == steps and k and not args.paper:
-                settle(backbone, prototypes, faces)
+                real = embed_faces(backbone, prototypes, faces)         # takes a pass over the images
+                prototypes.settle(person_moment(real.f.float(), real.labels))
             weights = {name: modules[name].state_dict() for name in ("backbone", "prototypes")}
             save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, step=step + 1,
                        steps=steps, names=[*faces.people], data=args.data, val=[*map(str, val)])

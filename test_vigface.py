@@ -1162,16 +1162,17 @@ def test_stage_1_tells_mean_losses_since_the_last_line(tmp_path, monkeypatch):
     assert meta["val"] == ["faces/pairs.bin"] and meta["data"] == ["faces"]
 
 
-def test_virtual_prototypes_settle_by_the_faces_of_all_batches(monkeypatch):
+def test_real_faces_are_embedded_batch_by_batch(monkeypatch):
     monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
     images, labels = random_images(7), torch.tensor([0, 0, 1, 1, 1, 2, 2])
     faces, backbone, prototypes = Counted(3, 7, 4), Linear(), randomise(Prototypes(3, 8, 6))
     faces.labels = labels
     faces.scan = lambda indices, title: [(images[some], some) for some in indices.flip(0).split(3)]
-    fr_train.settle(backbone, prototypes, faces)
-    found = prototypes.to_draw()
-    prototypes.settle(model.person_moment(model.embed(backbone, images), labels))
-    assert same(found, prototypes.to_draw(), 1e-4)
+    with torch.no_grad():
+        seen = evaluate.embed_faces(backbone, prototypes, faces)
+    assert seen.index.tolist() == [6, 5, 4, 3, 2, 1, 0]
+    assert same(seen.f, model.embed(backbone, images)[seen.index])
+    assert torch.equal(seen.labels, labels[seen.index])
 
 
 def test_norms_biases_and_prelu_do_not_decay():
