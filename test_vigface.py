@@ -1453,7 +1453,8 @@ def test_stage_2_draws_in_the_size_of_its_recogniser(tmp_path, monkeypatch):
     names = [f"person {i}" for i in range(3)]
     tiny_recogniser(tmp_path / "runs/fr", names, virtual=0, data=["faces"])
     monkeypatch.setitem(model.DIT_SIZES, "Ti", dict(width=16, depth=1, heads=2))
-    monkeypatch.setattr(dit_train, "preview", lambda path, dit, backbone, w, *_: torch.ones(len(w), 8))
+    numbered = lambda path, dit, backbone, w, *_: torch.arange(float(len(w)))[:, None].repeat(1, 8)
+    monkeypatch.setattr(dit_train, "preview", numbered)
     said = here("dit_train.py", "--steps", 1, "--batch", 4, cwd=tmp_path)
     assert "own cosine real 1.000\n" in said
     _, meta = model.load_model(tmp_path / "runs/dit", "dit")
@@ -1467,7 +1468,9 @@ def test_stage_2_draws_in_the_size_of_its_recogniser(tmp_path, monkeypatch):
         asked.append((out.name, weights, faces.landmarks.isnan().any(2).any(1).tolist()))
         faces.landmarks[-1] = data.TEMPLATE
     monkeypatch.setattr(retinaface, "complete_landmarks", complete)
-    here(*"dit_train.py --steps 1 --batch 4 --out new --weights file".split(), cwd=tmp_path)
+    tiny_recogniser(tmp_path / "runs/fr", names, virtual=2, data=["faces"])
+    said = here(*"dit_train.py --steps 1 --batch 4 --out new --weights file".split(), cwd=tmp_path)
+    assert "own cosine real 1.000 virtual 3.500\n" in said
     assert asked == [("new", "file", [False] * 5 + [True])]
 
     tiny_recogniser(tmp_path / "nobody", [], data=[])       # like published weights
