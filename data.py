@@ -82,7 +82,7 @@ def check_source(name):
     if not (root / "run.json").is_file():
         return False, root
     if not (root / "manifest.csv").is_file():
-        fail(f"{root}: sample.py has not finished it; give its command again")
+        fail(f"{root}: sample.py has not finished it, or it is no set of faces")
     with reading(root / "run.json", "the settings of sample.py"):
         return json.loads((root / "run.json").read_text())["real_to"] is not None, root
 
