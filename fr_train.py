@@ -121,7 +121,7 @@ def main():
 
         with autocast():
             f = fast(augment(x))
-        # paper: unstated; here the margin grows over a tenth of the run, because otherwise prototypes collapse.
+        # paper: unstated; here the margin grows over a tenth of the run, or prototypes would collapse.
         parts = vigface_loss(f, labels, prototypes, virtual_batch_size(step, k, batch, n), args.head,
                              ramp=min(1, 10 * step / steps), scale=recipe["scale"])
         sum(parts).backward()
