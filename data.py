@@ -273,6 +273,12 @@ def read_benchmark(path, size):
         return torch.stack([*images]), same
 
 
+def benchmark_people(benchmarks, size):
+    """All images (M, 3, S, S) of benchmarks {name: path}, and labels (M,): people, as their pairs tell."""
+    from tools.insightface import people_of_pairs
+    return people_of_pairs(read_benchmark(path, size) for path in benchmarks.values())
+
+
 def named_benchmarks(paths):
     """{name: path} of benchmarks, by the names of their files without .bin."""
     named = {Path(path).stem: str(path) for path in paths}

@@ -10,6 +10,7 @@ picture. fr_train.py tests with `verification`, and it and sample.py look at rea
 """
 import argparse
 import json
+import math
 from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 
-from data import Faces, named_benchmarks, read_benchmark, write_csv
+from data import Faces, benchmark_people, named_benchmarks, read_benchmark, write_csv
 from model import DEVICE, class_sums, embed, fail, load_recogniser, replacing, run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,7 +31,8 @@ flag("--bgr", action=argparse.BooleanOptionalAction,
 flag("--pairs", nargs="*", metavar="BIN", help="benchmarks (default: those of the first recogniser)")
 flag("--datasets", nargs="*", metavar="DIR", help="sets to judge (default: runs/virtual if there)")
 flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the first recogniser's data)")
-flag("--strict", action="store_true", help="exit with code 3 if a set leaks (default: report it)")
+flag("--strict", action="store_true", help="exit with code 3 unless every set is clean (default: report it)")
+flag("--weights", metavar="PATH", help="RetinaFace's, to see whether sets are aligned (default: those in runs/)")
 flag("--out", default="runs/report", metavar="DIR", help="report folder (default: %(default)s)")
 
 FIELD = {"lfw": "LFW", "cfp_fp": "CFP-FP", "cplfw": "CPLFW", "agedb_30": "AgeDB", "calfw": "CALFW"}
@@ -128,17 +130,33 @@ def diversity(quality, labels):
     return torch.stack(spread).mean().item() if spread else None
 
 
-def resemblance(faces, real, own=None):
-    """How near each image comes to real people: {test: (cosine, person or image of `real`), (M,) each}.
+def places(labels):
+    """Which image of its person each image (M,) is, from 0, and how many images this person has, (M,) each."""
+    order, count = labels.argsort(stable=True), torch.bincount(labels)
+    first = (count.cumsum(0) - count)[labels[order]]
+    place = torch.empty_like(labels)
+    place[order] = torch.arange(len(labels), device=labels.device) - first
+    return place, count[labels]
 
-    centre: to the nearest person's centre. image: to the nearest image. copy: to the nearest thumbnail,
+
+def centres_of(faces):
+    """The unit centre of each person's embeddings (I, D), zero for somebody without images."""
+    return F.normalize(class_sums(faces.f, faces.labels)[0]).to(faces.f)
+
+
+def resemblance(faces, real, own=None):
+    """How near faces come to real people: {test: (cosine, person or image of `real`)}.
+
+    person: from the centre of each person's images (I,) to the nearest person's centre. centre: from each
+    image (M,) to the nearest person's centre. image: to the nearest image. copy: to the nearest thumbnail,
     mirrored or not, if `faces` have thumbnails. own (M,), if given, is each image's own person, who is left
     out for it.
     """
     own = torch.full_like(faces.labels, -1) if own is None else own             # -1 is nobody's label
-    centres = F.normalize(class_sums(real.f, real.labels)[0]).to(real.f)
+    whole, centres = centres_of(faces), centres_of(real)
     people = torch.arange(len(centres), device=own.device)
-    found = {"centre": nearest(faces.f, centres, own, people),
+    found = {"person": nearest(whole, centres, own.new_full((len(whole),), -1).scatter(0, faces.labels, own), people),
+             "centre": nearest(faces.f, centres, own, people),
              "image": nearest(faces.f, real.f, own, real.labels)}
     if faces.thumbs is not None:
         mirrored = real.thumbs.view(-1, 16, 16).flip(2).flatten(1)
@@ -147,75 +165,135 @@ def resemblance(faces, real, own=None):
     return found
 
 
-def thresholds_of(real, strangers):
-    """{test: cosine} that 99 % of real images stay below with other people, and the cap on these thresholds.
+def as_many(count, wanted):
+    """How many images to take of people who have count (I,), to have as many as others have, wanted (J,).
 
-    The cap is the median cosine of an image to the centre of its person's other images. Without it, a weak
-    judge or a set with wrong labels would let copies pass. The threshold of copies lies halfway between what
-    99.9 % stay below and 1, at most 0.99.
+    A centre of few images is farther from everybody. So people with fewer images than nine tenths of the
+    others have are left out, but not more than nine tenths of all people.
     """
-    if len(real.faces.people) < 2:
-        fail("--real: expected two people or more; with one, strangers are unknown")
-    total, count = class_sums(real.f, real.labels)
-    to_rest = F.cosine_similarity(total[real.labels] - real.f, real.f)[count[real.labels] > 1]
-    cap = quantile(to_rest, 0.5) if len(to_rest) else 1.0
-    thresholds = {test: min(cap, quantile(cosine, 0.99)) for test, (cosine, _) in strangers.items()}
+    enough = min(quantile(wanted, 0.1), quantile(count[count > 0], 0.9))
+    order = count.argsort(descending=True, stable=True)[:(count >= enough).sum()]
+    rank = (torch.arange(len(order), device=count.device) + 0.5) / len(order)
+    goal = wanted.sort(descending=True).values[(rank * len(wanted)).long()]
+    return torch.zeros_like(count).index_copy(0, order, torch.minimum(count[order], goal))
+
+
+def strangers_to(real, wanted, unseen=None):
+    """The `resemblance` to real people of strangers, who have as many images as the people of `wanted` (J,).
+
+    They are the people of `unseen`, a FaceSet, or else the real people, each compared with all others; in the
+    test `somebody`, always these, because some of them may bear two names.
+    """
+    pool = unseen or real
+    place, _ = places(pool.labels)
+    some = place < as_many(torch.bincount(pool.labels), wanted)[pool.labels]
+    thumbs = None if pool.thumbs is None else pool.thumbs[some]
+    own = pool.labels[some]
+    faces = FaceSet(pool.f[some], own.unique(return_inverse=True)[1], thumbs)
+    found = resemblance(faces, real, None if unseen else own)
+    found["somebody"] = strangers_to(real, wanted)["person"] if unseen else found["person"]
+    return found
+
+
+def genuine(real, wanted):
+    """Cosines (I,) between two halves of a real person's images, of those who have as many as `wanted`."""
+    place, count = places(real.labels)
+    some = (as_many(torch.bincount(real.labels), wanted)[real.labels] > 0) & (count > 1)
+    halves, size = class_sums(real.f[some], 2 * real.labels[some] + place[some] % 2)
+    halves = halves[size > 0].unflatten(0, (-1, 2))
+    return F.cosine_similarity(halves[:, 0], halves[:, 1])
+
+
+def lines_of(strangers):
+    """{test: cosine} that 99 % of strangers stay below; of copies, halfway from what 99.9 % do to 1."""
+    lines = {test: quantile(cosine, 0.99) for test, (cosine, _) in strangers.items()}
     if "copy" in strangers:
-        thresholds["copy"] = min(0.99, (1 + quantile(strangers["copy"][0], 0.999)) / 2)
-    return thresholds, cap
+        lines["copy"] = min(0.99, (1 + quantile(strangers["copy"][0], 0.999)) / 2)
+    return lines
 
 
-def identities_over(labels, found, threshold):
-    """How many identities have most of their images over the threshold to one and the same real person."""
-    cosine, person = found
-    over = cosine > threshold
-    pairs, count = torch.stack([labels[over], person[over]]).unique(dim=1, return_counts=True)
-    return int((2 * count > torch.bincount(labels)[pairs[0]]).sum())
+def allowed(over, strangers, people):
+    """How many of `people` may be over a line that `over` of `strangers` are over.
 
-
-def report_row(data, found, thresholds, prototypes):
-    """One dataset's row of the report: quality, and leakage from its resemblance to real people.
-
-    Clean: at most 1 % of the images are over the threshold to a centre, and to an image; at most 0.5 % of the
-    identities are over it to one person with most of their images; at most one image in 10,000 is a copy.
+    If these people are strangers, too, more of them are over it once in a thousand times: with nothing known
+    of the rate but what strangers show, the number of people is negative binomial.
     """
+    j = torch.arange(people + 1, dtype=torch.double)
+    log_p = torch.lgamma(j + over + 1) - torch.lgamma(j + 1) + j * math.log(people / (people + strangers))
+    return int((log_p.softmax(0).cumsum(0) < 0.999).sum())
+
+
+def leak_tests(found, strangers, lines):
+    """{test: {line, over, allowed}}: how many of a set are over each line, and how many may be; no copy may."""
+    def over(near, test):
+        return int((near[test][0] > lines[test]).sum())
+
+    people, tests = len(found["person"][0]), {}
+    for test, line in lines.items():
+        most = 0
+        if test in ("person", "somebody"):
+            most = allowed(over(strangers, test), len(strangers[test][0]), people)
+        elif test != "copy":            # a person's images are alike: what counts is the number of people
+            most = tests["person"]["allowed"] * len(found[test][0]) // people
+        tests[test] = {"line": line, "over": over(found, test), "allowed": most}
+    return tests
+
+
+def verdict_of(leakage, independent):
+    """The verdict on a set: `clean`, or the first reason why it is not."""
+    if any(row["over"] > row["allowed"] for row in leakage["tests"].values()):
+        return "leaks"
+    if abs(leakage["misaligned"] or 0) > 0.1:
+        return "not aligned"
+    if leakage["recognised"] < 0.5:
+        return "judge too weak"
+    return "clean" if independent else "not independent"
+
+
+def quality_row(data, prototypes):
+    """One dataset's row of the report on quality."""
     consistency, separability = consistency_separability(data.f, data.labels)
-    people, images = len(data.faces.people), len(data.f)
-    over = {test: int((cosine > thresholds[test]).sum()) for test, (cosine, _) in found.items()}
-    over["identity"] = identities_over(data.labels, found["centre"], thresholds["centre"])
-    allowed = dict(centre=0.01 * images, image=0.01 * images, copy=1e-4 * images, identity=0.005 * people)
-    leaks = any(over[test] > most for test, most in allowed.items())
-    leakage = {
-        "verdict": "leaks" if leaks else "clean",
-        "median": quantile(found["centre"][0], 0.5),
-        "q99": quantile(found["centre"][0], 0.99),
-        "threshold": thresholds["centre"],
-        "images_over": over["centre"],
-        "identities_over": over["identity"],
-        "image_threshold": thresholds["image"],
-        "images_over_image": over["image"],
-        "copy_threshold": thresholds["copy"],
-        "copies": over["copy"]}
     return {
-        "identities": people,
-        "images": images,
+        "identities": len(data.faces.people),
+        "images": len(data.f),
         "consistency": consistency,
         "separability": separability,
         # Published networks have no quality head, and so no D.
-        "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None,
-        "leakage": leakage}
+        "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None}
 
 
-def offenders(data, found, thresholds, real):
-    """Rows of leaks.csv for each image over a threshold: file, test, cosine, real person, real image."""
+def judge_set(data, real, unseen):
+    """What the set `data` shows of real people: its `resemblance`, and a row of the report on leakage."""
+    wanted = torch.bincount(data.labels)
+    found, strangers = resemblance(data, real), strangers_to(real, wanted, unseen)
+    found["somebody"] = found["person"]
+    halves = genuine(real, wanted)
+    # Somebody: nearer to a real person than most people are to themselves.
+    lines = lines_of(strangers) | {"somebody": quantile(halves, 0.5) if len(halves) else 1.0}
+    tests = leak_tests(found, strangers, lines)
+    recognised = (halves > lines["person"]).float().mean().item() if len(halves) else 0.0
+    leakage = {
+        "strangers": len(strangers["person"][0]),
+        "recognised": recognised,
+        "mistaken": (strangers["person"][0] > lines["somebody"]).float().mean().item(),
+        "copies": tests["copy"]["over"],
+        "tests": tests}
+    return found, leakage
+
+
+def offenders(data, found, tests, real):
+    """Rows of leaks.csv for whatever is over a line: identity or file, test, cosine, real person, real image."""
     people, labels = [*real.faces.people], real.labels.cpu()
+    names = [*data.faces.people]
     for test, columns in found.items():
         cosine, which = (column.cpu() for column in columns)
-        for i in (cosine > thresholds[test]).nonzero()[:, 0].tolist():
+        for i in (cosine > tests[test]["line"]).nonzero()[:, 0].tolist():
+            whole = test in ("person", "somebody")
+            name = names[i] if whole else data.faces.path(data.index[i])
             person, image = which[i], ""
-            if test != "centre":
+            if test in ("image", "copy"):
                 person, image = labels[which[i]], real.faces.path(real.index[which[i]])
-            yield [data.faces.path(data.index[i]), test, f"{cosine[i]:.4f}", people[person], image]
+            yield [name, test, f"{cosine[i]:.4f}", people[person], image]
 
 
 def draw_closest(path, data, found, real):
@@ -275,58 +353,84 @@ def describe(report, averaged):
     if report["datasets"]:
         rows = report["datasets"] | {"the real faces": report["real"]}
         text += table(f"Quality of datasets, judged by {report['judge']}", rows)
-        leakage = {name: row["leakage"] for name, row in rows.items()}
-        text += table(f"Leakage: images and identities over the thresholds, copies; {report['cap']}", leakage)
+    for name, row in report["datasets"].items():
+        leakage = row["leakage"]
+        misaligned = leakage["misaligned"]
+        checked = "not checked" if misaligned is None else f"{misaligned:+.0%} of images that are not"
+        text += table(f"{name}: {leakage['verdict']}\n\nThe judge recognises {leakage['recognised']:.0%} of "
+                      f"real people, and takes {leakage['mistaken']:.2%} of {leakage['strangers']} strangers "
+                      f"({report['strangers']}) for somebody. Alignment: {checked}. Files left out: "
+                      f"{leakage['left_out']}.", leakage["tests"])
     return text
+
+
+def had_part(name, meta):
+    """Whether a recogniser rejected pictures for the set `name`, or was trained on it."""
+    path = Path(name)
+    trained_on = {Path(source).resolve() for source in meta.get("data") or ()}
+    settings = json.loads((path / "run.json").read_text()) if (path / "run.json").is_file() else {}
+    return path.resolve() in trained_on or "sha256" in meta and meta["sha256"] == settings.get("fr_sha256")
 
 
 def main():
     args = parser.parse_args()
     out = Path(args.out)
 
-    # Who judges what, by which real faces.
+    # Who judges what.
     folders = args.fr or sorted(path.parent.as_posix() for path in Path("runs").glob("fr*/model.safetensors"))
     if not folders:
         fail("runs/: no recogniser in it; train one, or name it with --fr")
     recognisers = {folder: load_recogniser(folder, args.bgr) for folder in folders}
-    backbone, prototypes, meta = recognisers[folders[0]]
-    sources = args.real or meta["data"]
     datasets = args.datasets
     if datasets is None:
-        datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() and sources else []
+        datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() else []
+    judge = next((folder for folder, (_, _, meta) in recognisers.items()
+                  if not any(had_part(name, meta) for name in datasets)), folders[0])
+    backbone, prototypes, meta = recognisers[judge]
     benchmarks = named_benchmarks(meta["val"] if args.pairs is None else args.pairs)
     if not datasets and (args.strict or not benchmarks):
         fail("there is no set to judge: sample one, name one with --datasets, or benchmarks with --pairs")
-    if datasets and not sources:
-        fail(f"{folders[0]}: unknown what it was trained on; name real faces with --real")
 
     averaged = averaged_of(benchmarks)
     models = verify(recognisers, benchmarks, averaged) if benchmarks else {}
-    report, leaks = {"judge": folders[0], "models": models, "datasets": {}}, []
+    report, leaks = {"judge": judge, "models": models, "datasets": {}}, []
     if datasets:
+        from tools.retinaface import misaligned, weights_at_hand
+        sources = args.real or meta["data"]
+        if not sources:
+            fail(f"{judge}: unknown what it was trained on; name real faces with --real")
         real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]))
-        strangers = resemblance(real, real, real.labels)
-        thresholds, cap = thresholds_of(real, strangers)
-        report["cap"] = f"cap {cap:.3f}"
-        if cap in thresholds.values():
-            report["cap"] += "; the CAP APPLIES: the judge is weak, or people are labelled wrongly"
+        if len(real.faces.people) < 2:
+            fail("--real: expected two people or more; with one, strangers are unknown")
+        # Training has pushed the judge's own people apart, so others must stand for strangers.
+        knows = benchmarks and meta["data"] and {*map(Path, sources)} & {*map(Path, meta["data"])}
+        unseen = None
+        if knows:
+            images, labels = benchmark_people(benchmarks, backbone.config["size"])
+            unseen = FaceSet(embed(backbone, images), labels.to(DEVICE), thumbnails(images).to(DEVICE))
+        report["strangers"] = "people of the benchmarks" if unseen else "real people, each among the others"
+        report["real"] = quality_row(real, prototypes)
+        weights = args.weights or weights_at_hand()
+        usual = misaligned(real.faces, weights) if weights else 0
         for number, name in enumerate(datasets, 1):
             data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"]))
-            found = resemblance(data, real)
-            report["datasets"][name] = report_row(data, found, thresholds, prototypes)
-            leaks += ([name, *row] for row in offenders(data, found, thresholds, real))
+            found, leakage = judge_set(data, real, unseen)
+            # Other crops of a person would look like nobody.
+            leakage["misaligned"] = misaligned(data.faces, weights) - usual if weights else None
+            leakage["left_out"] = len(getattr(data.faces, "left_out", ()))
+            leakage["verdict"] = verdict_of(leakage, not had_part(name, meta))
+            report["datasets"][name] = quality_row(data, prototypes) | {"leakage": leakage}
+            leaks += ([name, *row] for row in offenders(data, found, leakage["tests"], real))
             draw_closest(out / f"{number}-{Path(name).name}" / "closest.jpg", data, found, real)
-        report["real"] = report_row(real, strangers, thresholds, prototypes)
-        report["real"]["leakage"]["verdict"] = "baseline"
 
     text = describe(report, averaged)
     print(text)
-    write_csv(out / "leaks.csv", ["dataset", "file", "test", "similarity", "person", "image"], leaks)
+    write_csv(out / "leaks.csv", ["dataset", "what", "test", "similarity", "person", "image"], leaks)
     for name, content in (("report.json", json.dumps(report, indent=1)), ("report.md", text)):
         with replacing(out / name) as temporary:
             temporary.write_bytes(content.encode(errors="backslashreplace"))
     print(f"wrote {out / 'report.json'}, report.md, leaks.csv and pictures")
-    if args.strict and any(row["leakage"]["verdict"] == "leaks" for row in report["datasets"].values()):
+    if args.strict and any(row["leakage"]["verdict"] != "clean" for row in report["datasets"].values()):
         raise SystemExit(3)
 
 

@@ -12,7 +12,8 @@ One picture, in short:
     image = dpm_solver(denoise, noise, steps)
 
 Pictures are drawn in rounds: first each one once, then again those that came too near a real person. A
-picture that is too near even after five attempts is left out. Each batch is drawn, judged and written.
+picture that is too near even after five attempts is left out. Each batch is drawn, judged and written. In the
+end somebody is left out whose pictures together come too near a real person.
 
 Writes OUT/3fa2b1-000123/0007.jpg (eighth picture of virtual prototype 123 of a recogniser 3fa2b1...),
 manifest.csv (a row for each picture drawn, with its verdict), landmarks.csv, grid.jpg. The same command
@@ -30,12 +31,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from data import Faces, open_image, read_csv, rows_of, write_csv, write_landmarks
-from evaluate import FaceSet, embed_faces, resemblance, thresholds_of
+from evaluate import centres_of, embed_faces, lines_of, nearest, strangers_to
 from model import (DEVICE, RANK, DiT, autocast, build, claim, compiled, digest, dpm_solver, embed, fail,
                    guided, load_model, load_recogniser, positive, replacing, run, to_uint8)
 
@@ -61,8 +63,9 @@ ATTEMPTS = 5        # paper: unstated; here pictures too near a real person are 
 # and in the pose of which training face.
 Job = namedtuple("Job", "row name index attempt pose")
 
-# What became of it: a row of manifest.csv. Cosines are to the own prototype, to the centre of the nearest real
-# person, and to the nearest real image; with --real-to, the own person is none of these.
+# What became of it: a row of manifest.csv. The verdict is `accepted`, `leak`, or `person` if all pictures of
+# this person together are too near somebody. Cosines are to the own prototype, to the centre of the nearest
+# real person, and to the nearest real image; with --real-to, the own person is none of these.
 Verdict = namedtuple("Verdict", "file identity index attempt landmarks_from verdict cos_own cos_nearest_real "
                                 "cos_nearest_image")
 
@@ -84,13 +87,23 @@ def load(args):
     return dit, tensors["poses.landmarks"], backbone, prototypes, fr
 
 
-def embed_real(backbone, prototypes, faces, rows):
-    """The FaceSet of real faces, labelled with the rows of W (I,), and the thresholds for pictures."""
-    real = embed_faces(backbone, prototypes, faces)
+# The real people, as the recogniser sees them: embeddings of images (M, D), their rows of W (M,), the centre of
+# each row's images (I, D), and for each test of evaluate.py the cosine that 99 % of strangers stay below.
+Real = namedtuple("Real", "f labels centres lines")
+
+
+def embed_real(backbone, prototypes, faces, rows, wanted):
+    """The Real of `faces`, whose people have these rows of W (I,), for people of wanted (J,) pictures."""
     # Without thumbnails nobody looks for copies: pictures are drawn from noise.
+    real = embed_faces(backbone, prototypes, faces)
     real = real._replace(labels=rows.to(DEVICE)[real.labels], thumbs=None)
-    thresholds, _ = thresholds_of(real, resemblance(real, real, real.labels))
-    return real, thresholds
+    return Real(real.f, real.labels, centres_of(real), lines_of(strangers_to(real, wanted)))
+
+
+def near_people(real, f, rows):
+    """How near each unit embedding (B, D) comes to a real person's centre, but to that of its own row (B,)."""
+    people = torch.arange(len(real.centres), device=DEVICE)
+    return nearest(f.to(real.f), real.centres, rows, people)[0]
 
 
 def people_to_draw(args, names, n, rows):
@@ -129,26 +142,26 @@ def draw(dit, W, poses, jobs, args):
         return to_uint8(dpm_solver(denoise, torch.stack(noise), args.steps))
 
 
-def judge(backbone, W, real, thresholds, jobs, images):
-    """A Verdict on the picture of each job: whether it is over a threshold, and so a leak.
+def judge(backbone, W, real, jobs, images):
+    """A Verdict on the picture of each job: whether it is over a line, and so a leak; and embeddings (B, D).
 
     Pictures of a real person (--real-to) may resemble this person's own images.
     """
     f = embed(backbone, images)
     rows = torch.tensor([job.row for job in jobs], device=DEVICE)
-    own = (f * W[rows]).sum(1)
-    near = resemblance(FaceSet(f.to(real.f), rows), real, rows)
-    centre, image = near["centre"][0], near["image"][0]
-    leaks = (centre > thresholds["centre"]) | (image > thresholds["image"])
+    own, centre = (f * W[rows]).sum(1), near_people(real, f, rows)
+    image, _ = nearest(f.to(real.f), real.f, rows, real.labels)
+    leaks = (centre > real.lines["centre"]) | (image > real.lines["image"])
 
     cosines = torch.stack([own, centre, image], 1).tolist()
     return [Verdict(f"{job.name}/{job.index:04d}.jpg", job.name, job.index, job.attempt, job.pose,
                     "leak" if leak else "accepted", *map("{:.4f}".format, row))
-            for job, leak, row in zip(jobs, leaks.tolist(), cosines)]
+            for job, leak, row in zip(jobs, leaks.tolist(), cosines)], f
 
 
-def write_batch(out, jobs, images, verdicts):
-    """Writes the accepted ones of uint8 images (B, 3, S, S), and then the verdicts: the batch is done."""
+def write_batch(out, jobs, images, verdicts, f):
+    """Writes the accepted ones of uint8 images (B, 3, S, S), the sum of their embeddings f (B, D) for each
+    person, and then the verdicts: the batch is done."""
     def write(verdict, image):
         if verdict.verdict == "accepted":
             with replacing(out / verdict.file) as path:
@@ -156,8 +169,15 @@ def write_batch(out, jobs, images, verdicts):
 
     with ThreadPoolExecutor(16) as pool:                        # the disk's answers take longest
         list(pool.map(write, verdicts, images))
+
+    accepted = [verdict.verdict == "accepted" for verdict in verdicts]
+    rows, person = np.unique(np.array([job.row for job in jobs])[accepted], return_inverse=True)
+    sums = np.zeros((len(rows), f.shape[1]), np.int32)          # whole numbers: sums in any order are equal
+    np.add.at(sums, person, (f[accepted].numpy() * 2 ** 20).round().astype(np.int32))
     first = jobs[0]
     path = out / ".verdicts" / f"{first.row}-{first.index}-{first.attempt}.csv"
+    with replacing(path.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.column_stack([rows, sums]))
     write_csv(path, Verdict._fields, verdicts)
 
 
@@ -197,7 +217,18 @@ def rounds(made, batch):
             yield attempt, todo[first:first + batch]
 
 
-def finish(out, total, poses, size):
+def too_near_together(out, real, names):
+    """The names, of `names` of W's rows, of people whose accepted pictures together are too near somebody."""
+    sums = np.zeros((len(names), real.f.shape[1]), np.int64)
+    for path in (out / ".verdicts").glob("*.csv"):
+        rows, part = np.split(np.load(path.with_suffix(".npy")), [1], 1)
+        sums[rows[:, 0]] += part
+    centres = F.normalize(torch.from_numpy(sums).double()).float().to(DEVICE)
+    near = near_people(real, centres, torch.arange(len(names), device=DEVICE)) > real.lines["person"]
+    return {names[row] for row in near.nonzero()[:, 0].tolist()}
+
+
+def finish(out, total, poses, size, real, names):
     """If nothing is left to draw, writes landmarks.csv, grid.jpg and manifest.csv, and says how it went."""
     # Texts, because millions of tuples would not fit in memory. No file's name holds a zero byte.
     drawn = sorted({"\0".join(verdict) for verdict in verdicts_of(out)})
@@ -205,20 +236,26 @@ def finish(out, total, poses, size):
     if sum(attempts_after(verdict) == ATTEMPTS for verdict in verdicts()) < total:
         return print(f"{out}: this rank is done; the last one completes the set, or this command once more")
 
-    accepted = lambda: (verdict for verdict in verdicts() if verdict.verdict == "accepted")
+    near = too_near_together(out, real, names)
+    for name in near:
+        shutil.rmtree(out / name, ignore_errors=True)
+    final = lambda: (verdict._replace(verdict="person") if verdict.identity in near else verdict
+                     for verdict in verdicts())
+    accepted = lambda: (verdict for verdict in final() if verdict.verdict == "accepted")
     cosines = np.array([float(verdict.cos_own) for verdict in accepted()])
     if not len(cosines):
         fail(f"{out}: every picture was too near a real person; train stage 2 longer")
     write_landmarks(out / "landmarks.csv",
                     ((verdict.file, size * poses[int(verdict.landmarks_from)]) for verdict in accepted()))
     draw_grid(out, accepted())
-    write_csv(out / "manifest.csv", Verdict._fields, verdicts())        # says that the set is complete
+    write_csv(out / "manifest.csv", Verdict._fields, final())           # says that the set is complete
     shutil.rmtree(out / ".verdicts", ignore_errors=True)
 
+    leaks = sum(verdict.verdict == "leak" for verdict in verdicts())
     loud = "WARNING: over half was rejected; " if len(drawn) > 2 * len(cosines) else ""
-    print(f"{loud}{out}: {len(cosines)} images; {len(drawn) - len(cosines)} too near a real person, "
-          f"{total - len(cosines)} left out; cosine to the own prototype {cosines.mean():.3f}, by the "
-          "recogniser that taught them")
+    print(f"{loud}{out}: {len(cosines)} images; {leaks} too near a real person, "
+          f"{total - len(cosines)} left out, {len(near)} people among them; cosine to the own prototype "
+          f"{cosines.mean():.3f}, by the recogniser that taught them")
 
 
 def draw_grid(out, accepted, rows=8, columns=8):
@@ -253,7 +290,7 @@ def main():
     claim(out, vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=fr["sha256"]))
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
-    real, thresholds = embed_real(backbone, prototypes, faces, rows)
+    real = embed_real(backbone, prototypes, faces, rows, torch.tensor([*wanted.values()], device=DEVICE))
 
     # This rank's people, and how far each of their pictures is.
     mine = np.array([*wanted][RANK::int(os.environ.get("WORLD_SIZE", 1))], np.int64)
@@ -268,15 +305,17 @@ def main():
             # The last job fills up the batch: with one shape nothing is compiled again, or rounded differently.
             full = jobs + jobs[-1:] * (max(args.batch, 16) - len(jobs))
             images = draw(fast, W, poses, full, args)
-            verdicts = judge(backbone, W, real, thresholds, full, images)[:len(jobs)]
+            verdicts, f = judge(backbone, W, real, full, images)
+            verdicts = verdicts[:len(jobs)]
 
             writing.result()                                    # of the batch before; raises what went wrong
-            writing = writer.submit(write_batch, out, jobs, images.cpu(), verdicts)
+            writing = writer.submit(write_batch, out, jobs, images.cpu(), verdicts, f[:len(jobs)].cpu())
             made.flat[some] = [attempts_after(verdict) for verdict in verdicts]
             progress.update(int((made.flat[some] == ATTEMPTS).sum()))
         writing.result()
 
-    finish(out, sum(wanted.values()), poses, dit.size)          # several ranks may write the same
+    # Several ranks may write the same.
+    finish(out, sum(wanted.values()), poses, dit.size, real, names)
 
 
 if __name__ == "__main__":

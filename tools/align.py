@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import (SUFFIXES, TEMPLATE, list_files, open_image, processors, read_csv, write_csv,
                   write_landmarks)
 from model import DEVICE, fail, reading, replacing, run, system_failed
-from tools.retinaface import crop_landmarks, detect_faces, load_detector
+from tools.retinaface import crop_landmarks, detect_faces, load_detector, similarity
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -30,14 +30,6 @@ flag("--weights", metavar="PATH", help="RetinaFace's (default: fetched)")
 
 SIZE, SMALLEST = 112, 40                                        # pixels: of a crop, of a face in a photograph
 FARTHEST = 0.05     # landmarks from the template's: good crops 0.043 at most, turned ones 0.056 at least
-
-
-def similarity(source, target):
-    """Complex scale and shift (..., 1) that carry points (..., 5, 2) to others, by least squares."""
-    source, target = (torch.view_as_complex(points.contiguous()) for points in (source, target))
-    s, t = (z - z.mean(-1, keepdim=True) for z in (source, target))
-    scale = (s.conj() * t).sum(-1, keepdim=True) / (s.abs() ** 2).sum(-1, keepdim=True)
-    return scale, target.mean(-1, keepdim=True) - scale * source.mean(-1, keepdim=True)
 
 
 def move(points, scale, shift):

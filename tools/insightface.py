@@ -112,3 +112,22 @@ def read_bin(path):
         raise ValueError(f"{len(images)} images, {same.sum()} of {len(same)} pairs of one person, where "
                          "ten pairs or more are needed, of both kinds")
     return images, same
+
+
+def people_of_pairs(benchmarks):
+    """The distinct images (M, 3, S, S) of several benchmarks, each images (2P, ...) and whether pairs are one
+    person (P,), and labels (M,): two images are one person's if a chain of pairs says so."""
+    number, distinct, pairs = {}, [], []
+    for images, same in benchmarks:
+        keys = [hash(image.numpy().tobytes()) for image in images]
+        new = {key: i for i, key in enumerate(keys) if key not in number}
+        number |= {key: len(number) + i for i, key in enumerate(new)}
+        distinct.append(images[[*new.values()]])
+        pairs += [(number[a], number[b]) for a, b, one in zip(keys[::2], keys[1::2], same) if one]
+
+    distinct, pairs = torch.cat(distinct), torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+    labels = torch.arange(len(distinct))
+    while (labels[pairs[:, 0]] != labels[pairs[:, 1]]).any():           # the lowest label spreads
+        lowest = labels[pairs].amin(1).repeat_interleave(2)
+        labels.scatter_reduce_(0, pairs.flatten(), lowest, "amin")
+    return distinct, labels.unique(return_inverse=True)[1]

