@@ -82,9 +82,15 @@ FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=
 
 
 def thumbnails(images):
-    """16 x 16 grey versions (M, 256) of uint8 images (M, 3, S, S), without their mean, of unit length."""
-    grey = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), 16).flatten(1)
-    return F.normalize(grey - grey.mean(1, keepdim=True))
+    """Detail of 16 x 16 grey versions (M, 256) of uint8 images (M, 3, S, S), of unit length.
+
+    In place of brightness stands its rank among the 256, which no change of tone moves. The mean of 5 x 5
+    ranks around each is taken off, because light and the shape of a head are alike in many strangers.
+    """
+    grey = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), 16)
+    rank = grey.flatten(1).argsort(1).argsort(1).float().view_as(grey)
+    around = F.avg_pool2d(rank, 5, stride=1, padding=2, count_include_pad=False)
+    return F.normalize((rank - around).flatten(1))
 
 
 def embed_faces(backbone, prototypes, faces):
@@ -131,9 +137,9 @@ def diversity(quality, labels):
 def resemblance(faces, real, own=None):
     """How near each image comes to real people: {test: (cosine, person or image of `real`), (M,) each}.
 
-    centre: to the nearest person's centre. image: to the nearest image. copy: to the nearest thumbnail,
-    mirrored or not, if `faces` have thumbnails. own (M,), if given, is each image's own person, who is left
-    out for it.
+    centre: to the nearest person's centre. image: to the nearest image. copy: to the nearest thumbnail, if
+    `faces` have thumbnails, mirrored or not, negative or not. own (M,), if given, is each image's own person,
+    who is left out for it.
     """
     own = torch.full_like(faces.labels, -1) if own is None else own             # -1 is nobody's label
     centres = F.normalize(class_sums(real.f, real.labels)[0]).to(real.f)
@@ -142,7 +148,8 @@ def resemblance(faces, real, own=None):
              "image": nearest(faces.f, real.f, own, real.labels)}
     if faces.thumbs is not None:
         mirrored = real.thumbs.view(-1, 16, 16).flip(2).flatten(1)
-        cosine, which = nearest(faces.thumbs, torch.cat([real.thumbs, mirrored]), own, real.labels.repeat(2))
+        versions = torch.cat([real.thumbs, mirrored, -real.thumbs, -mirrored])
+        cosine, which = nearest(faces.thumbs, versions, own, real.labels.repeat(4))
         found["copy"] = cosine, which % len(real.f)
     return found
 
