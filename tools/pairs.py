@@ -50,13 +50,14 @@ def read_list(path):
     """
     with reading(path, "a list of pairs, as text"):
         text = Path(path).read_text("utf-8-sig", errors="surrogateescape")
-    lines = enumerate(map(split_line, text.split("\n")), 1)
-    lines = [(number, fields) for number, fields in lines if fields]
-    promised = None
-    if lines and len(lines[0][1]) <= 2 and lines[0][1][-1].isdecimal():
-        promised = 2 * math.prod(map(int, lines.pop(0)[1]))             # one fold has no number of folds
-    elif lines and not lines[0][1][-1].isdecimal():
-        lines.pop(0)                                                    # names of columns
+        lines = enumerate(map(split_line, text.split("\n")), 1)
+        lines = [(number, fields) for number, fields in lines if fields]
+        first = lines[0][1] if lines else []
+        promised = None
+        if len(first) in (1, 2) and all(field.isdecimal() for field in first):
+            promised = 2 * math.prod(map(int, first))                   # one fold has no number of folds
+        if promised is not None or first and not first[-1].isdecimal():
+            lines.pop(0)
 
     pairs = []
     for number, fields in lines:
