@@ -68,7 +68,8 @@ CHANGES = {
 
 def some_of(real, keep):
     """The FaceSet of the images where `keep` (M,) is true."""
-    return FaceSet(real.f[keep], real.labels[keep], real.thumbs[keep], None, real.faces, real.index[keep.cpu()])
+    columns = real.f[keep], real.labels[keep], real.thumbs[keep]
+    return FaceSet(*columns, None, real.faces, real.index[keep.cpu()])
 
 
 def over(found, thresholds):
