@@ -84,9 +84,15 @@ FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=
 
 
 def thumbnails(images):
-    """16 x 16 grey versions (M, 256) of uint8 images (M, 3, S, S), without their mean, of unit length."""
-    grey = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), 16).flatten(1)
-    return F.normalize(grey - grey.mean(1, keepdim=True))
+    """Detail of 16 x 16 grey versions (M, 256) of uint8 images (M, 3, S, S), of unit length.
+
+    In place of brightness stands its rank among the 256, which no change of tone moves. The mean of 5 x 5
+    ranks around each is taken off, because light and the shape of a head are alike in many strangers.
+    """
+    grey = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), 16)
+    rank = grey.flatten(1).argsort(1).argsort(1).float().view_as(grey)
+    around = F.avg_pool2d(rank, 5, stride=1, padding=2, count_include_pad=False)
+    return F.normalize((rank - around).flatten(1))
 
 
 def embed_faces(backbone, prototypes, faces):
@@ -149,8 +155,8 @@ def resemblance(faces, real, own=None):
 
     person: from the centre of each person's images (I,) to the nearest person's centre. centre: from each
     image (M,) to the nearest person's centre. image: to the nearest image. copy: to the nearest thumbnail,
-    mirrored or not, if `faces` have thumbnails. own (M,), if given, is each image's own person, who is left
-    out for it.
+    if `faces` have thumbnails, mirrored or not, negative or not. own (M,), if given, is each image's own
+    person, who is left out for it.
     """
     own = torch.full_like(faces.labels, -1) if own is None else own             # -1 is nobody's label
     whole, centres = centres_of(faces), centres_of(real)
@@ -160,7 +166,8 @@ def resemblance(faces, real, own=None):
              "image": nearest(faces.f, real.f, own, real.labels)}
     if faces.thumbs is not None:
         mirrored = real.thumbs.view(-1, 16, 16).flip(2).flatten(1)
-        cosine, which = nearest(faces.thumbs, torch.cat([real.thumbs, mirrored]), own, real.labels.repeat(2))
+        versions = torch.cat([real.thumbs, mirrored, -real.thumbs, -mirrored])
+        cosine, which = nearest(faces.thumbs, versions, own, real.labels.repeat(4))
         found["copy"] = cosine, which % len(real.f)
     return found
 

@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import data
 import model
 from test_vigface import contents, folder, here, jpeg, people, stops
-from tools import align, insightface, published, retinaface, toys
+from tools import align, insightface, pairs, published, retinaface, toys
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [f"{name}.py" for name in ("model", "data", "fr_train", "dit_train", "sample", "evaluate")]
@@ -953,9 +953,144 @@ def test_align_is_a_command_of_any_folder(tmp_path):
     assert rejected(tmp_path / "faces") == {"ann/1.png": "no face"}
 
 
+# ------------------------------------------------------------------------------------------------ pairs.py
+
+LFW = """2 3
+Ann_Lee 1 2
+Ann_Lee 1 3
+Bo 2 3
+Ann_Lee 1 Bo 1
+Ann_Lee 3 Bo 2
+Bo 3 7 1
+Bo 1 2
+7 1 2
+7 2 3
+7 1 Bo 2
+Bo 3 Ann_Lee 2
+7 3 Ann_Lee 2
+"""
+
+
+@pytest.fixture
+def lfw(tmp_path):
+    """A folder with three images each of three people, as LFW names them; one of them is a PNG."""
+    for i, name in enumerate(("Ann_Lee", "Bo", "7")):
+        for j in (1, 2, 3):
+            image = torch.full((3, 8, 8), 30 * i + 10 * j, dtype=torch.uint8)
+            path = tmp_path / f"lfw/{name}/{name}_000{j}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(image))
+    Image.new("RGB", (8, 8), "white").save(path.with_suffix(".png"))
+    path.unlink()
+    return tmp_path
+
+
+def as_files(line, separator):
+    """A line of LFW's list as a line of files, without suffix if it is that of the PNG."""
+    name, i, *other, j = line.split()
+    other = other or [name]
+    two = (f"{person}/{person}_000{k}" for person, k in ((name, i), (other[0], j)))
+    two = (file if file == "7/7_0003" else f"{file}.jpg" for file in two)
+    return separator.join([*two, str(int(other == [name]))])
+
+
+def list_of(kind):
+    """LFW's list in another form; all have the same twelve pairs."""
+    lines = LFW.splitlines()[1:]
+    return {
+        "LFW": LFW,
+        "LFW, tabs": LFW.replace(" ", "\t"),
+        "one fold": "6\n" + "\n".join(lines),
+        "LFW, commas": "name,i,j,\n" + "".join(f"{line.replace(' ', ',')},\r\n" for line in lines),
+        "files": "\n\n".join(as_files(line, "  ") for line in lines),
+        "files, commas": "\ufefffile1,file2,same\n" + "\n".join(as_files(line, ", ") for line in lines)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["LFW", "LFW, tabs", "one fold", "LFW, commas", "files", "files, commas"])
+def test_a_list_of_pairs_becomes_a_benchmark(lfw, kind):
+    """Its pairs in their order; the images as they lie on disk, to the byte."""
+    (lfw / "pairs.txt").write_text(list_of(kind))
+    printed = here("tools.pairs", "lfw", "pairs.txt", "--out", "own/lfw.bin", cwd=lfw)
+    assert "own/lfw.bin: 12 pairs of 9 images, 6 pairs of one person\n" in printed
+
+    encoded, same = insightface.read_bin(lfw / "own/lfw.bin")
+    expected = []
+    for line in LFW.splitlines()[1:]:
+        name, i, *other, j = line.split()
+        for person, k in ((name, i), ((other or [name])[0], j)):
+            path, = (lfw / "lfw" / person).glob(f"{person}_000{k}.*")
+            expected.append(path.read_bytes())
+    assert [bytes(image) for image in encoded] == expected
+    assert same.tolist() == [True, True, True, False, False, False] * 2
+    images, _ = data.read_benchmark(lfw / "own/lfw.bin", 8)
+    assert images[[0, 1, 17]].amax((1, 2, 3)).tolist() == [10, 20, 255]
+
+
+def wide_image(root):
+    Image.new("RGB", (8, 9)).save(root / "lfw/Bo/Bo_0002.jpg")
+
+
+def broken_image(root):
+    (root / "lfw/Bo/Bo_0002.jpg").write_bytes(b"\xff\xd8\xff")
+
+
+def no_image(root):
+    (root / "lfw/Bo/Bo_0002.jpg").unlink()
+
+
+def no_list(root):
+    (root / "pairs.txt").unlink()
+
+
+def there_already(root):
+    (root / "lfw.bin").write_bytes(b"")
+
+
+def lines(change):
+    """What changes the lines of the list."""
+    def act(root):
+        path = root / "pairs.txt"
+        path.write_text("\n".join(change(path.read_text().splitlines())))
+    return act
+
+
+@pytest.mark.parametrize("damage, said", [
+    (wide_image, "lfw/Bo/Bo_0002.jpg: expected a square image, cropped by tools/align.py; ValueError: it has"),
+    (broken_image, "lfw/Bo/Bo_0002.jpg: expected a square image"),
+    (no_image, "lfw: 1 of 9 images are not there, such as Bo/Bo_0002"),
+    (no_list, "pairs.txt: no such file"),
+    (there_already, "--out lfw.bin: expected a new file"),
+    (lines(lambda text: text[:-1]), "pairs.txt: its first line promises 12 pairs, but it has 11"),
+    (lines(lambda text: text[1:8]), "pairs.txt: 7 pairs; expected ten or more"),
+    (lines(lambda text: text[1:4] * 4), "12 pairs; expected ten or more, of one person and of two"),
+    (lines(lambda text: []), "pairs.txt: 0 pairs"),
+    (lines(lambda text: ["a.jpg 5"] + text), "line 1: expected `name i j`"),
+    (lines(lambda text: ["9" * 5000] + text), "pairs.txt: expected a list of pairs, as text; ValueError"),
+    (lines(lambda text: text[:5] + ["Bo 1 Ann_Lee"]), "line 6: expected `name i j`"),
+    (lines(lambda text: text + ["Bo/1.jpg Bo/2.jpg 2"]), "line 14: expected `name i j`"),
+    (lines(lambda text: text + ["a, b, c, d, 1"]), "found a b c d 1")])
+def test_a_list_that_does_not_serve_is_one_line_and_writes_nothing(lfw, damage, said):
+    (lfw / "pairs.txt").write_text(LFW)
+    damage(lfw)
+    before = contents(lfw)
+    printed = here("tools.pairs", "lfw", "pairs.txt", "--out", "lfw.bin", cwd=lfw, code=2)
+    assert said in printed and printed.count("\n") == 1
+    assert contents(lfw) == before
+
+
+def test_no_image_or_list_is_overwritten_with_a_benchmark(lfw):
+    (lfw / "pairs.txt").write_text(LFW)
+    before = contents(lfw)
+    printed = here("tools.pairs", "lfw", "pairs.txt", "--out", "pairs.txt", cwd=lfw, code=2)
+    assert "--out pairs.txt: expected a new file that ends with .bin" in printed
+    assert contents(lfw) == before
+
+
+# -------------------------------------------------------------------------------- tools and scripts
+
 def test_each_tool_and_each_script_can_be_imported_first(tmp_path):
     """Whatever is imported first, no import is circular, and no script imports a tool before it needs it."""
-    tools = [f"tools.{name}" for name in ("toys", "insightface", "retinaface", "published", "align")]
+    tools = [f"tools.{name}" for name in ("toys", "insightface", "retinaface", "published", "align", "pairs")]
     scripts = [name.removesuffix(".py") for name in SCRIPTS]
     (tmp_path / "first.py").write_text(f"""
 import importlib, sys
