@@ -86,8 +86,10 @@ def main():
 
     fill_in(args, faces)
     # What must not change when a run continues; --out and --weights may.
-    claim(out, vars(args) | dict(fr=fr["sha256"], images=len(faces), out=None, weights=None))
-    if faces.landmarks.isnan().any():
+    incomplete = faces.landmarks.isnan().any()
+    settings = vars(args) | dict(stage="dit", fr=fr["sha256"], data=faces.digest(), out=None, weights=None)
+    claim(out, settings, faces.roots)
+    if incomplete:
         from tools.retinaface import complete_landmarks
         complete_landmarks(faces, out, args.weights)
 
@@ -132,8 +134,9 @@ def main():
             losses.zero_()
             path = out / f"preview-{step + 1:06d}.jpg"
             cosines = preview(path, average, backbone, shown, faces.landmarks, args.seed)
-            parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
-            save_model(out, "dit", average.config, parts, fr_sha256=fr["sha256"], step=step + 1, steps=steps)
+            if step + 1 == steps:
+                parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
+                save_model(out, "dit", average.config, parts, fr_sha256=fr["sha256"])
             line = f"step {step + 1:6d}/{steps}  loss v {mse:.4f} identity {identity:.4f}  own cosine"
             for kind, own in (("real", cosines[:min(4, n)]), ("virtual", cosines[min(4, n):])):
                 line += f" {kind} {own.mean():.3f}" if len(own) else ""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 
-from data import Faces, named_benchmarks, read_benchmark, write_csv
+from data import Faces, find_benchmarks, read_benchmark, write_csv
 from model import DEVICE, class_sums, embed, fail, load_recogniser, replacing, run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -286,6 +286,9 @@ def main():
 
     # Who judges what, by which real faces.
     folders = args.fr or sorted(path.parent.as_posix() for path in Path("runs").glob("fr*/model.safetensors"))
+    for path in () if args.fr else Path("runs").glob("fr*"):
+        if not (path / "model.safetensors").is_file():
+            print(f"{path}: left out, because its training is not finished")
     if not folders:
         fail("runs/: no recogniser in it; train one, or name it with --fr")
     recognisers = {folder: load_recogniser(folder, args.bgr) for folder in folders}
@@ -294,7 +297,7 @@ def main():
     datasets = args.datasets
     if datasets is None:
         datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() and sources else []
-    benchmarks = named_benchmarks(meta["val"] if args.pairs is None else args.pairs)
+    benchmarks = find_benchmarks(meta["val"] if args.pairs is None else args.pairs)
     if not datasets and (args.strict or not benchmarks):
         fail("there is no set to judge: sample one, name one with --datasets, or benchmarks with --pairs")
     if datasets and not sources:
@@ -304,14 +307,14 @@ def main():
     models = verify(recognisers, benchmarks, averaged) if benchmarks else {}
     report, leaks = {"judge": folders[0], "models": models, "datasets": {}}, []
     if datasets:
-        real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]))
+        real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"], flag="--real"))
         strangers = resemblance(real, real, real.labels)
         thresholds, cap = thresholds_of(real, strangers)
         report["cap"] = f"cap {cap:.3f}"
         if cap in thresholds.values():
             report["cap"] += "; the CAP APPLIES: the judge is weak, or people are labelled wrongly"
         for number, name in enumerate(datasets, 1):
-            data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"]))
+            data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"], flag="--datasets"))
             found = resemblance(data, real)
             report["datasets"][name] = report_row(data, found, thresholds, prototypes)
             leaks += ([name, *row] for row in offenders(data, found, thresholds, real))

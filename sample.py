@@ -245,12 +245,13 @@ def main():
     dit, poses, backbone, prototypes, fr = load(args)
     W, n = prototypes.to_draw(), len(prototypes.real)
     names = [*fr["names"], *(f"{fr['sha256'][:6]}-{i:06d}" for i in range(len(W) - n))]
-    faces = Faces(args.real or fr["data"], dit.size)
+    faces = Faces(args.real or fr["data"], dit.size, flag="--real")
     rows = rows_of(faces.people, names)                         # of W, for each label
     wanted = people_to_draw(args, names, n, rows[faces.labels])
 
     # A set may be moved, or continued with another --batch.
-    claim(out, vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=fr["sha256"]))
+    settings = dict(dit=digest(args.dit), fr=fr["sha256"], real=faces.digest(), out=None, batch=None)
+    claim(out, vars(args) | dict(stage="set") | settings, faces.roots)
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
     real, thresholds = embed_real(backbone, prototypes, faces, rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import fail, reading
+from model import fail, reading, why
 
 # ---------------------------------------------------------------------------------------------------- records
 
@@ -112,3 +112,34 @@ def read_bin(path):
         raise ValueError(f"{len(images)} images, {same.sum()} of {len(same)} pairs of one person, where "
                          "ten pairs or more are needed, of both kinds")
     return images, same
+
+
+def named_benchmarks(paths):
+    """{name: path} of benchmarks, by the names of their files without .bin; a folder stands for all in it."""
+    found = []
+    for path in map(Path, paths):
+        folder, pattern = (path, "*.bin") if path.is_dir() else (path.parent, path.name)
+        some = [path] if path.is_file() else sorted(folder.glob(pattern))           # Windows leaves *.bin
+        if not some:
+            fail(f"{path}: no such file; --val and --pairs name benchmarks, .bin, or folders of them")
+        if some[0].suffix != ".bin":
+            fail(f"{path}: expected a .bin; tools/pairs.py makes one of pairs.txt and a folder of images")
+        found += some
+    named = {path.stem: str(path) for path in found}
+    if len(named) < len(found):
+        fail(f"{' '.join(map(str, found))}: expected one benchmark of each name; leave some out")
+    return named
+
+
+def choose_benchmarks(paths):
+    """{name: path} of the benchmarks among .bin files, of one name the first; says what is left out, and why."""
+    named = {}
+    for path in paths:
+        try:
+            if path.stem in named:
+                raise ValueError(f"{named[path.stem]} has its name")
+            read_bin(path)
+            named[path.stem] = str(path)
+        except Exception as error:                          # pickles break in every possible way
+            print(f"{path}: left out of the benchmarks ({why(path, error)}); --val names others")
+    return named
