@@ -140,7 +140,8 @@ def list_source(root):
         fail(f"{root}: no images identity/image.jpg in it, and no train.rec; unpack what is packed")
     identities = [name.split("/")[0] for name in images]
     if splits := sorted(name for name in {*identities} if name.lower() in SPLITS):
-        fail(f"{root}: {splits[0]} would be a person; name {' '.join(f'{root}/{name}' for name in splits)}")
+        names = " ".join(f"{root}/{name}" for name in splits)
+        fail(f"{root}/{splits[0]} would be a person; expected identity/image.jpg below --data {names}")
     return identities, [*images], [*images.values()], left_out
 
 

@@ -87,8 +87,8 @@ def main():
     fill_in(args, faces)
     # What must not change when a run continues; --out and --weights may.
     incomplete = faces.landmarks.isnan().any()
-    settings = vars(args) | dict(stage="dit", fr=fr["sha256"], data=faces.digest(), out=None, weights=None)
-    claim(out, settings, faces.roots)
+    settings = dict(fr=fr["sha256"], data=faces.digest(), out=None, weights=None)
+    claim(out, {"stage": "dit"} | vars(args) | settings, faces.roots)
     if incomplete:
         from tools.retinaface import complete_landmarks
         complete_landmarks(faces, out, args.weights)

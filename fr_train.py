@@ -105,7 +105,8 @@ def main():
     optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     # What must not change when a run continues; --out and --val may.
-    claim(out, vars(args) | dict(stage="fr", data=faces.digest(), out=None, val=None), faces.roots)
+    settings = dict(data=faces.digest(), out=None, val=None)
+    claim(out, {"stage": "fr"} | vars(args) | settings, faces.roots)
     first = resume(out, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 

@@ -729,7 +729,7 @@ def claim(out, settings, sources):
                      "another --out: a longer or a larger run is a new one")
         if (path.parent / "model.safetensors").is_file():
             print(f"{out}: its training is finished; another one needs another --out")
-            raise SystemExit
+            raise SystemExit(0)
         return
     if path.parent.is_dir() and any(not entry.name.startswith(".run") for entry in path.parent.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")

@@ -251,7 +251,7 @@ def main():
 
     # A set may be moved, or continued with another --batch.
     settings = dict(dit=digest(args.dit), fr=fr["sha256"], real=faces.digest(), out=None, batch=None)
-    claim(out, vars(args) | dict(stage="set") | settings, faces.roots)
+    claim(out, {"stage": "set"} | vars(args) | settings, faces.roots)
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
     real, thresholds = embed_real(backbone, prototypes, faces, rows)
