@@ -8,12 +8,10 @@ as just such a folder. Photographs become aligned crops by tools/align.py.
 import contextlib
 import csv
 import hashlib
-import io
 import itertools
 import json
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -306,12 +304,8 @@ def batches(faces, batch, seed, first, last, landmarks=True):
 
 def read_benchmark(path, size):
     """Images uint8 (2P, 3, S, S) of an InsightFace .bin; whether images 2p and 2p + 1 are one person (P,)."""
-    from tools.insightface import read_bin
-    decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
-    with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
-        encoded, same = read_bin(path)
-        images = tqdm(pool.map(decode, encoded), f"reading {path}", len(encoded), leave=False, mininterval=1)
-        return torch.stack([*images]), same
+    from tools.insightface import decode_bin
+    return decode_bin(path, size)
 
 
 def find_benchmarks(paths, folders=()):

@@ -158,7 +158,11 @@ def write_batch(out, jobs, images, verdicts):
         list(pool.map(write, verdicts, images))
     first = jobs[0]
     path = out / ".verdicts" / f"{first.row}-{first.index}-{first.attempt}.csv"
-    write_csv(path, Verdict._fields, verdicts)
+    try:
+        write_csv(path, Verdict._fields, verdicts)
+    except OSError:                                             # another process may have completed the set
+        if not (out / "manifest.csv").is_file():
+            raise
 
 
 def attempts_after(verdict):
@@ -199,6 +203,9 @@ def rounds(made, batch):
 
 def finish(out, total, poses, size):
     """If nothing is left to draw, writes landmarks.csv, grid.jpg and manifest.csv, and says how it went."""
+    if (out / "manifest.csv").is_file():
+        shutil.rmtree(out / ".verdicts", ignore_errors=True)
+        return print(f"{out}: another process has completed it")
     # Texts, because millions of tuples would not fit in memory. No file's name holds a zero byte.
     drawn = sorted({"\0".join(verdict) for verdict in verdicts_of(out)})
     verdicts = lambda: (Verdict(*text.split("\0")) for text in drawn)

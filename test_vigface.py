@@ -1944,6 +1944,49 @@ def test_real_people_are_filled_up_to_a_number_of_images(studio):
     assert pictures_of(contents(studio / "more")) == ["person 0/0000.jpg", "person 1/0000.jpg"]
 
 
+def test_of_two_samplers_of_a_set_both_end_well(studio, monkeypatch, capsys):
+    """Here the other one completes the set while this one writes its first batch, or its last."""
+    for count in (1, 2):
+        monkeypatch.undo()
+        monkeypatch.setattr(sample, "thresholds_of", lambda *_: (dict(centre=2.0, image=2.0), 1.0))
+        write_csv, left = sample.write_csv, itertools.count(1)
+
+        def other(path, *given):
+            if next(left) == count:
+                write_batch, sample.write_csv = sample.write_batch, write_csv
+                here("sample.py", *FEW, "--out", str(count), cwd=studio)
+                sample.write_csv, sample.write_batch = other, write_batch
+                raise OSError("its folder is no longer there")
+            write_csv(path, *given)
+        monkeypatch.setattr(sample, "write_csv", other)
+        here("sample.py", *FEW, "--out", str(count), cwd=studio)
+        files = contents(studio / str(count))
+        assert len(pictures_of(files)) == 6 and "manifest.csv" in files
+        assert not any(".verdicts" in name or name.endswith(".tmp") for name in files)
+
+
+def test_each_process_has_temporary_names_of_its_own(tmp_path, monkeypatch):
+    with model.replacing(tmp_path / "a.jpg") as one:
+        monkeypatch.setattr(model, "PROCESS", "another")
+        with model.replacing(tmp_path / "a.jpg") as two:
+            assert one != two
+            two.write_text("two")
+        one.write_text("one")
+        (tmp_path / "p").mkdir()
+        one.with_name("p").joinpath(one.name).touch()       # left by a killed run
+        assert data.list_images(tmp_path) == ({}, ["a.jpg"])
+    assert (tmp_path / "a.jpg").read_text() == "one"
+
+
+def test_what_is_given_away_tells_of_no_folder(studio):
+    here("sample.py", *FEW, "--real", studio / "faces", cwd=studio)
+    settings = json.loads((studio / "runs/virtual/run.json").read_text())
+    assert settings["fr"] == model.digest(studio / "runs/fr")
+    assert settings["dit"] == model.digest(studio / "runs/dit")
+    assert settings["real"] == data.Faces([studio / "faces"]).digest()
+    assert not any("/" in str(value) for value in settings.values())
+
+
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_a_batch_that_cannot_be_written_ends_the_run(studio, monkeypatch, failing):
     count, write_batch = itertools.count(1), sample.write_batch
@@ -2376,6 +2419,14 @@ def test_by_default_the_sampled_set_is_judged_by_the_first_recogniser(audit, cap
     assert "no set to judge" in here("evaluate.py", cwd=audit.cwd, code=2)
     asked = here("evaluate.py", "--datasets", "new", cwd=audit.cwd, code=2)
     assert "name real faces with --real" in asked
+
+
+def test_an_unfinished_run_is_left_out_of_the_report_aloud(audit):
+    (audit.cwd / "runs/fr-big").mkdir()
+    printed, report, _ = audit("--datasets", "new")
+    assert "runs/fr-big: left out, because its training is not finished" in printed
+    assert report["judge"] == "runs/fr"
+    assert "left out" not in audit("--fr", "runs/fr", "--datasets", "new")[0]
 
 
 def test_benchmarks_are_the_named_ones_or_those_of_the_recogniser(audit, monkeypatch):

@@ -5,11 +5,14 @@ data.py reads them through this module when it meets a train.rec or a .bin.
 import io
 import pickle
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from data import open_image, processors, to_tensor
 from model import fail, reading, why
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -114,6 +117,15 @@ def read_bin(path):
     return images, same
 
 
+def decode_bin(path, size):
+    """Images uint8 (2P, 3, S, S) of a .bin; whether images 2p and 2p + 1 are one person (P,)."""
+    decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
+    with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
+        encoded, same = read_bin(path)
+        images = tqdm(pool.map(decode, encoded), f"reading {path}", len(encoded), leave=False, mininterval=1)
+        return torch.stack([*images]), same
+
+
 def named_benchmarks(paths):
     """{name: path} of benchmarks, by the names of their files without .bin; a folder stands for all in it."""
     found = []
@@ -132,7 +144,7 @@ def named_benchmarks(paths):
 
 
 def choose_benchmarks(paths):
-    """{name: path} of the benchmarks among .bin files, of one name the first; says what is left out, and why."""
+    """{name: path} of the benchmarks among .bin files, of each name the first; says what is left out."""
     named = {}
     for path in paths:
         try:
