@@ -137,9 +137,8 @@ def list_source(root):
     if not images:
         fail(f"{root}: no images identity/image.jpg in it, and no train.rec; unpack what is packed")
     identities = [name.split("/")[0] for name in images]
-    if splits := sorted(name for name in {*identities} if name.lower() in SPLITS):
-        names = " ".join(f"{root}/{name}" for name in splits)
-        fail(f"{root}/{splits[0]} would be a person; expected identity/image.jpg below --data {names}")
+    if split := next((name for name in identities if name.lower() in SPLITS), None):
+        fail(f"{root}/{split} would be a person; expected identity/image.jpg below --data {root}/{split}")
     return identities, [*images], [*images.values()], left_out
 
 
@@ -156,6 +155,8 @@ class Faces(Dataset):
         self.people, self.left_out, self.items = {}, set(), None            # {identity: label}
         self.roots, self.sides = [], []                                     # of each source
         self.names, self.places, self.source, labels = [], [], [], []       # of each image
+        if not sources:
+            fail(f"nobody said which faces: {flag} names their folders")
         checked = [check_source(source, flag) for source in sources]
         for fills_up, root in sorted(checked, key=lambda source: source[0]):
             identities, names, places, left_out = list_source(root)

@@ -105,8 +105,7 @@ def main():
     optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     # What must not change when a run continues; --out and --val may.
-    settings = dict(data=faces.digest(), out=None, val=None)
-    claim(out, {"stage": "fr"} | vars(args) | settings, faces.roots)
+    claim(out, "fr", args, faces, val=None)
     first = resume(out, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 
@@ -139,21 +138,21 @@ def main():
             means = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             losses.zero_()
             backbone.eval()
-            if step + 1 == steps and k and not args.paper:
-                real = embed_faces(backbone, prototypes, faces)         # takes a pass over the images
-                prototypes.settle(person_moment(real.f.float(), real.labels))
-            if step + 1 == steps:
-                weights = {name: modules[name].state_dict() for name in ("backbone", "prototypes")}
-                save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config,
-                           names=[*faces.people], data=[*map(os.path.abspath, faces.roots)],
-                           val=[*map(os.path.abspath, val.values())])
             line = f"epoch {(step + 1) // per_epoch}/{args.epochs}  lr {lr:.4f}  "
             line += "loss real {:.3f} virtual {:.3f} certainty {:.3f}".format(*means)
             for name, (images, same) in benchmarks.items():
                 line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
             log(out, line)
-            save_state(out, step + 1, modules)                          # last: never newer than the model
+            save_state(out, step + 1, modules)
             backbone.train()
+
+    backbone.eval()
+    if k and not args.paper:
+        real = embed_faces(backbone, prototypes, faces)                 # takes a pass over the images
+        prototypes.settle(person_moment(real.f.float(), real.labels))
+    weights = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
+    save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, names=[*faces.people],
+               data=[*map(os.path.abspath, faces.roots)], val=[*map(os.path.abspath, val.values())])
 
 
 if __name__ == "__main__":

@@ -712,13 +712,14 @@ def load_recogniser(path, bgr=None):
     return backbone.to(DEVICE, memory_format=torch.channels_last), prototypes.to(DEVICE), meta
 
 
-def claim(out, settings, sources):
+def claim(out, stage, args, faces, **others):
     """Makes `out` the folder of a run and keeps its settings in run.json; ends the program if they differ.
 
-    `out` may not lie in the folders `sources`. Settings are what must stay, and no paths: data are known by
-    `Faces.digest`, models by `digest`.
+    Settings are what must stay: flags, but for those that `others` replaces. They hold no paths: models are
+    known by `digest`, faces by theirs. `out` may not lie among the faces.
     """
-    refuse_inside(out, sources)
+    refuse_inside(out, faces.roots)
+    settings = {"stage": stage} | vars(args) | {"out": None, "data": faces.digest()} | others
     path = Path(out) / "run.json"
     if path.is_file():
         with reading(path, "the settings of a run"):

@@ -257,8 +257,7 @@ def main():
     wanted = people_to_draw(args, names, n, rows[faces.labels])
 
     # A set may be moved, or continued with another --batch.
-    settings = dict(dit=digest(args.dit), fr=fr["sha256"], real=faces.digest(), out=None, batch=None)
-    claim(out, {"stage": "set"} | vars(args) | settings, faces.roots)
+    claim(out, "set", args, faces, dit=digest(args.dit), fr=fr["sha256"], real=None, batch=None)
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
     real, thresholds = embed_real(backbone, prototypes, faces, rows)
