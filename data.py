@@ -108,7 +108,7 @@ def list_files(root):
 
 
 def list_images(root):
-    """{name: size} of the images identity/image below a folder, by name; the names of files that are left out.
+    """{name: size} of the images identity/image below a folder, by name; the names of files left out.
 
     These are hidden images, images in nobody's folder, and what lies in somebody's folder and is no image.
     """

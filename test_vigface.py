@@ -2566,8 +2566,8 @@ def test_people_are_the_rows_of_their_names_and_others_come_after_them():
 
 def test_images_are_listed_by_person_and_name(tmp_path, capsys):
     """However deep they lie and behind links; not hidden ones, nor what lies above people."""
-    names = "b/2.PNG a/1.jpg a/deep/0.png a/plain a/.hidden.png a/.git/3.png top.PNG a/a.txt grid.jpg run.json"
-    names += " a/.2.png.icloud a/.DS_Store a/.1.1a2b.tmp lost+found/1.png .Trash-0/p/1.png p/@eaDir/1.png"
+    names = "b/2.PNG a/1.jpg a/deep/0.png a/plain a/.hidden.png a/.git/3.png top.PNG a/a.txt grid.jpg"
+    names += " run.json a/.2.png.icloud a/.DS_Store a/.1.1a2b.tmp lost+found/1.png .Trash-0/p/1.png p/@eaDir/1.png"
     for name in names.split():
         path = tmp_path / "set" / name
         path.parent.mkdir(parents=True, exist_ok=True)
