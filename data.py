@@ -7,12 +7,12 @@ as just such a folder. Photographs become aligned crops by tools/align.py.
 """
 import contextlib
 import csv
-import io
+import hashlib
 import itertools
 import json
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import DEVICE, fail, reading, replacing, system_failed, to_float
+from model import DEVICE, fail, reading, replacing, system_failed, to_float, why
 
 # ---------------------------------------------------------------------------------------------------- images
 
@@ -64,7 +64,8 @@ def processors():
 
 # ------------------------------------------------------------------------------------------ training sources
 
-NO_RECORD = -1                                                              # the offset of an image file
+SYSTEM = (".", "lost+found", "@eaDir", "__MACOSX", "$RECYCLE", "System Volume")     # so folders begin
+SPLITS = {"train", "val", "valid", "validation", "dev", "test"}                     # of people, no people
 
 
 def demo():
@@ -76,9 +77,11 @@ def demo():
     return str(root)
 
 
-def check_source(name):
-    """Whether a source shows people of other sources (sample.py --real-to), and its folder."""
+def check_source(name, flag):
+    """Whether a source, which a flag named, shows people of others (sample.py --real-to), and its folder."""
     root = Path(name)
+    if not root.is_dir():
+        fail(f"{root}: no such folder; {flag} names a folder, of what is unpacked, or of a train.rec")
     if not (root / "run.json").is_file():
         return False, root
     if not (root / "manifest.csv").is_file():
@@ -88,110 +91,143 @@ def check_source(name):
 
 
 def list_files(root):
-    """Yields the names, with slashes, of the files below a folder, however deep they lie; no hidden ones."""
+    """Yields name, with slashes, and size of what lies below a folder, however deep; None of what is no file.
+
+    Hidden folders and those of the system are passed by.
+    """
     def refuse(error):
         raise error                                 # because os.walk skips a folder that it may not read
 
-    if not root.is_dir():
-        fail(f"{root}: no such folder")
-    for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(SYSTEM)]      # before they are opened
         below = Path(folder).relative_to(root).as_posix()
-        names = (f"{below}/{file}".removeprefix("./") for file in files)
-        yield from (name for name in names if "/." not in f"/{name}")
+        for file in files:
+            path = f"{folder}/{file}"
+            size = os.path.getsize(path) if os.path.isfile(path) else None          # a pipe would hang
+            yield f"{below}/{file}".removeprefix("./"), size
 
 
 def list_images(root):
-    """The names identity/image of the images in the folders of a folder."""
-    files = [name for name in list_files(root) if "/" in name]      # landmarks.csv and the like lie above
-    others = [name for name in files if Path(name).suffix.lower() not in SUFFIXES]
-    if others:
-        print(f"{root}: left out {len(others)} files that are no images by their names, such as {others[0]}")
-    return sorted({*files} - {*others})
+    """{name: size} of the images identity/image below a folder, by name; the names of files left out.
+
+    These are hidden images, images in nobody's folder, and what lies in somebody's folder and is no image.
+    """
+    images, left_out = {}, []
+    for name, size in list_files(root):
+        file = Path(name.lower())
+        of_somebody = "/" in name and file.name[0] != "."
+        if of_somebody and size is not None and file.suffix in SUFFIXES:
+            images[name] = size
+        elif of_somebody or {*file.suffixes} & {*SUFFIXES} and name != "grid.jpg":      # also .1.jpg.icloud
+            left_out.append(name)
+    if left_out:
+        print(f"{root}: left out {len(left_out)} files that are hidden, in nobody's folder, or no images by "
+              f"their names, such as {min(left_out)}")
+    return dict(sorted(images.items())), left_out
 
 
 def list_source(root):
-    """What a source holds: identity, name and offset (NO_RECORD for a file) of each image."""
-    names = list_images(root)
+    """What a source holds: identity, name and size (of a record: offset) of each image; what is left out."""
+    images, left_out = list_images(root)
     if (root / "train.rec").is_file():
-        if names:
-            fail(f"{root}: holds train.rec and folders of images, such as {names[0]}; expected one")
+        if images:
+            fail(f"{root}: holds train.rec and folders of images, such as {min(images)}; expected one")
         from tools.insightface import list_records
-        return list_records(root / "train.rec")
-    if not names:
-        fail(f"{root}: no images identity/image.jpg in it")
-    return [name.split("/")[0] for name in names], names, [NO_RECORD] * len(names)
-
-
-def open_stored(path, offset):
-    """The PIL image of a file, or of the record at `offset` in the train.rec beside it."""
-    if offset == NO_RECORD:
-        return open_image(path)
-    from tools.insightface import read_record
-    return open_image(read_record(Path(path).parent / "train.rec", offset))
+        return *list_records(root / "train.rec"), left_out
+    if not images:
+        fail(f"{root}: no images identity/image.jpg in it, and no train.rec; unpack what is packed")
+    identities = [name.split("/")[0] for name in images]
+    if split := next((name for name in identities if name.lower() in SPLITS), None):
+        fail(f"{root}/{split} would be a person; expected identity/image.jpg below --data {root}/{split}")
+    return identities, [*images], [*images.values()], left_out
 
 
 class Faces(Dataset):
-    """All images of some sources; equal names of identities are one person.
+    """All images of some sources, which `flag` names; equal names of identities are one person.
 
     An item is an image, uint8 array (3, S, S), and its index, by which labels and landmarks ([0, 1], or NaN)
     are found. In place of an image that cannot be read comes the next one that can, with that one's index.
-    Sets that fit in `memory` bytes are decoded once, others when needed.
+    Sets that fit in `memory` bytes are decoded once, others when needed. `left_out` has the paths of files
+    that are not shown: see `list_images`, and images that could not be read in a scan.
     """
 
-    def __init__(self, sources, size=None, memory=3e9):
-        self.people = {}                                                    # {identity: label}
-        self.items = None
-        paths, offsets, labels, landmarks, sides = [], [], [], [], []
-        for fills_up, root in sorted(map(check_source, sources), key=lambda source: source[0]):
-            identities, names, places = list_source(root)
+    def __init__(self, sources, size=None, memory=3e9, flag="--data"):
+        self.people, self.left_out, self.items = {}, set(), None            # {identity: label}
+        self.roots, self.sides = [], []                                     # of each source
+        self.names, self.places, self.source, labels = [], [], [], []       # of each image
+        if not sources:
+            fail(f"nobody said which faces: {flag} names their folders")
+        checked = [check_source(source, flag) for source in sources]
+        for fills_up, root in sorted(checked, key=lambda source: source[0]):
+            identities, names, places, left_out = list_source(root)
             if shared := self.people.keys() & {*identities}:
                 refuse_strangers(root, shared, fills_up)
             labels += [self.people.setdefault(identity, len(self.people)) for identity in identities]
-            first = len(paths)
-            paths += [os.fsencode(f"{root}/{name}") for name in names]
-            offsets += places
+            first = len(self.names)
+            self.names += map(os.fsencode, names)
+            self.places += places
+            self.source += [len(self.roots)] * len(names)
+            self.roots.append(root)
+            self.left_out |= {f"{root}/{name}" for name in left_out}
 
             # The first image that can be read tells the size of all in this source.
-            self.paths, self.offsets = paths, offsets
             with reading(root, "images"):
                 image, i = self.readable(first)
                 if i < first:
                     raise ValueError("none of its images can be read")
-            sides += [image.width] * len(names)
-            landmarks.append(read_landmarks(root, names, image.width))
+            self.sides.append(image.width)
 
         # Arrays, because Python lists are copied into every worker.
-        self.paths, self.offsets, self.sides = map(np.array, (paths, offsets, sides))
-        self.labels, self.landmarks = torch.tensor(labels), torch.cat(landmarks)
-        self.size = size or sides[0]
+        self.names, self.places, self.source = map(np.array, (self.names, self.places, self.source))
+        self.labels = torch.tensor(labels)
+        self.size = size or self.sides[0]
         if len(self) * 3 * self.size ** 2 <= memory:
             read = self.scan(torch.arange(len(self)), "reading images")
             self.items = [item for batch in read for item in zip(*(part.numpy() for part in batch))]
 
+    @cached_property
+    def landmarks(self):
+        """(M, 5, 2) in [0, 1], NaN where unknown; read when asked for, because millions take minutes."""
+        names = [[*map(os.fsdecode, self.names[self.source == i])] for i in range(len(self.roots))]
+        return torch.cat([*map(read_landmarks, self.roots, names, self.sides)])
+
+    def digest(self):
+        """A text that is another one if people, names of files or their sizes are, wherever the files lie."""
+        content = hashlib.sha256(b"".join([self.names, self.places, self.labels.numpy()]))
+        return f"{len(self)} images of {len(self.people)} people, digest {content.hexdigest()[:16]}"
+
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
     def path(self, i):
         """The file of image i; the key of a record takes the place of a name."""
-        return os.fsdecode(self.paths[i])
+        return f"{self.roots[self.source[i]]}/{os.fsdecode(self.names[i])}"
+
+    def open(self, i):
+        """The PIL image i, of a file or of a record, whose name is a bare number."""
+        if b"/" in self.names[i]:
+            return open_image(self.path(i))
+        from tools.insightface import read_record
+        return open_image(read_record(self.roots[self.source[i]] / "train.rec", self.places[i]))
 
     def readable(self, i):
         """The PIL image i, or the next that can be read, and its index."""
         for j in range(i, i + len(self)):
             j %= len(self)
             try:
-                return open_stored(self.path(j), self.offsets[j]), j
+                return self.open(j), j
             except Exception as error:                              # images break in every possible way
                 if system_failed(error):
                     raise
-                warnings.warn(f"{self.path(j)}: cannot be read ({error}); the next image stands in")
+                cause = why(self.path(j), error)
+                warnings.warn(f"{self.path(j)}: cannot be read ({cause}); the next image stands in")
         raise ValueError(f"{self.path(i)}: neither this nor any other image can be read")
 
     def __getitem__(self, i):
         if self.items is not None:
             return self.items[i]
         image, i = self.readable(i)
-        side = self.sides[i]
+        side = self.sides[self.source[i]]
         if image.size != (side, side):
             raise ValueError(f"{self.path(i)}: {image.width} x {image.height} pixels, expected {side} x "
                              f"{side}: aligned faces are square and of one size; tools/align.py makes them")
@@ -214,7 +250,10 @@ class Faces(Dataset):
     def scan(self, indices, title):
         """Yields the images at `indices` (M,) once, in batches as `loader` does, under a progress bar."""
         order = indices.split(256)
-        return tqdm(self.loader(order), title, len(order), leave=False)
+        loaded = tqdm(self.loader(order), title, len(order), leave=False)
+        for wanted, (images, i) in zip(order, loaded):
+            self.left_out |= {*map(self.path, wanted[wanted != i].tolist())}
+            yield images, i
 
 
 def refuse_strangers(root, shared, fills_up):
@@ -241,8 +280,8 @@ def stacked(items):
     return [np.stack(part) for part in zip(*items)]
 
 
-def batches(faces, batch, seed, first, last):
-    """Yields images in [-1, 1], labels and landmarks, on DEVICE, of training steps first to last - 1.
+def batches(faces, batch, seed, first, last, landmarks=True):
+    """Yields images in [-1, 1], labels and landmarks, if asked for, on DEVICE, of steps first to last - 1.
 
     Seed and step alone decide what a batch holds, so a resumed run sees what it would have seen. Images that
     do not fill a whole batch are left out of an epoch.
@@ -254,37 +293,35 @@ def batches(faces, batch, seed, first, last):
             shuffled = np.random.default_rng([abs(seed), epoch]).permutation(len(faces))
             yield from shuffled[:per_epoch * batch].reshape(per_epoch, batch)
 
+    columns = [faces.labels, faces.landmarks] if landmarks else [faces.labels]
     before = first % per_epoch                                      # steps of this epoch that are done
     for images, i in faces.loader(itertools.islice(order(), before, before + last - first)):
-        parts = (images, faces.labels[i], faces.landmarks[i])
-        images, labels, landmarks = (part.to(DEVICE, non_blocking=True) for part in parts)
-        yield to_float(images), labels, landmarks
+        parts = [images, *(column[i] for column in columns)]
+        images, *rest = (part.to(DEVICE, non_blocking=True) for part in parts)
+        yield to_float(images), *rest
 
 
 # ------------------------------------------------------------------------------------------------ benchmarks
 
 def read_benchmark(path, size):
     """Images uint8 (2P, 3, S, S) of an InsightFace .bin; whether images 2p and 2p + 1 are one person (P,)."""
-    from tools.insightface import read_bin
-    decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
-    with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
-        encoded, same = read_bin(path)
-        images = tqdm(pool.map(decode, encoded), f"reading {path}", len(encoded), leave=False, mininterval=1)
-        return torch.stack([*images]), same
+    from tools.insightface import decode_bin
+    return decode_bin(path, size)
+
+
+def find_benchmarks(paths, folders=()):
+    """{name: path} of the benchmarks at some paths, or, if none are named, of those that folders hold."""
+    beside = [path for folder in folders for path in sorted(Path(folder).glob("*.bin"))]
+    if not paths and not beside:
+        return {}
+    from tools.insightface import choose_benchmarks, named_benchmarks
+    return named_benchmarks(paths) if paths else choose_benchmarks(beside)
 
 
 def benchmark_people(benchmarks, size):
     """All images (M, 3, S, S) of benchmarks {name: path}, and labels (M,): people, as their pairs tell."""
     from tools.insightface import people_of_pairs
     return people_of_pairs(read_benchmark(path, size) for path in benchmarks.values())
-
-
-def named_benchmarks(paths):
-    """{name: path} of benchmarks, by the names of their files without .bin."""
-    named = {Path(path).stem: str(path) for path in paths}
-    if len(named) < len(paths):
-        fail(f"{' '.join(map(str, paths))}: expected one benchmark of each name; rename some")
-    return named
 
 
 # ----------------------------------------------------------------------------------------- tables, landmarks

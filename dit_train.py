@@ -75,8 +75,6 @@ def main():
 
     # The recogniser, its prototypes, and the faces that it knows.
     backbone, prototypes, fr = load_recogniser(args.fr)
-    if not fr["names"]:
-        fail(f"{args.fr}: expected a run of fr_train.py, with prototypes")
     faces = Faces(args.data or fr["data"], fr["config"]["size"])
     W, n = prototypes.to_draw(), len(prototypes.real)
     shown = torch.cat([W[:n][:4], W[n:][:4]])                           # in previews
@@ -86,8 +84,9 @@ def main():
 
     fill_in(args, faces)
     # What must not change when a run continues; --out and --weights may.
-    claim(out, vars(args) | dict(fr=fr["sha256"], images=len(faces), out=None, weights=None))
-    if faces.landmarks.isnan().any():
+    incomplete = faces.landmarks.isnan().any()
+    claim(out, "dit", args, faces, fr=fr["sha256"], weights=None)
+    if incomplete:
         from tools.retinaface import complete_landmarks
         complete_landmarks(faces, out, args.weights)
 
@@ -132,13 +131,14 @@ def main():
             losses.zero_()
             path = out / f"preview-{step + 1:06d}.jpg"
             cosines = preview(path, average, backbone, shown, faces.landmarks, args.seed)
-            parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
-            save_model(out, "dit", average.config, parts, fr_sha256=fr["sha256"], step=step + 1, steps=steps)
             line = f"step {step + 1:6d}/{steps}  loss v {mse:.4f} identity {identity:.4f}  own cosine"
             for kind, own in (("real", cosines[:min(4, n)]), ("virtual", cosines[min(4, n):])):
                 line += f" {kind} {own.mean():.3f}" if len(own) else ""
             log(out, line)
-            save_state(out, step + 1, modules)                  # last: never newer than the model
+            save_state(out, step + 1, modules)
+
+    parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
+    save_model(out, "dit", average.config, parts, fr_sha256=fr["sha256"])
 
 
 if __name__ == "__main__":

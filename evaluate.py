@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 
-from data import Faces, benchmark_people, named_benchmarks, read_benchmark, write_csv
-from model import DEVICE, class_sums, embed, fail, load_recogniser, replacing, run
+from data import Faces, benchmark_people, find_benchmarks, read_benchmark, write_csv
+from model import (DEVICE, class_sums, embed, fail, load_recogniser, reading, refuse_inside, replacing, run)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -105,6 +105,12 @@ def embed_faces(backbone, prototypes, faces):
                         prototypes.certainty(f)[:, 0], i))
     f, thumbs, quality, i = (torch.cat(column) for column in zip(*columns))
     return FaceSet(f, faces.labels[i].to(DEVICE), thumbs, quality, faces, i)
+
+
+def embed_benchmarks(backbone, benchmarks):
+    """The FaceSet of the people in benchmarks {name: path}."""
+    images, labels = benchmark_people(benchmarks, backbone.config["size"])
+    return FaceSet(embed(backbone, images), labels.to(DEVICE), thumbnails(images.to(DEVICE)))
 
 
 def quantile(values, q):
@@ -371,64 +377,86 @@ def describe(report, averaged):
     return text
 
 
-def had_part(name, meta):
-    """Whether a recogniser rejected pictures for the set `name`, or was trained on it."""
+def had_part(meta, name):
+    """Whether a recogniser was trained on the set `name`, or rejected pictures when sample.py made it."""
     path = Path(name)
-    trained_on = {Path(source).resolve() for source in meta.get("data") or ()}
-    settings = json.loads((path / "run.json").read_text()) if (path / "run.json").is_file() else {}
-    return path.resolve() in trained_on or "sha256" in meta and meta["sha256"] == settings.get("fr_sha256")
+    if path.resolve() in map(Path, meta["data"] or ()):
+        return True
+    if not (path / "run.json").is_file():
+        return False
+    with reading(path / "run.json", "the settings of sample.py"):
+        return json.loads((path / "run.json").read_text())["fr"] == meta.get("sha256")
+
+
+def judge_sets(args, judge, recogniser, benchmarks, datasets):
+    """The report on `datasets`, by one recogniser, and the rows of leaks.csv."""
+    from tools.retinaface import misaligned, weights_at_hand
+    backbone, prototypes, meta = recogniser
+    sources = args.real or meta["data"]
+    if not sources:
+        fail(f"{judge}: unknown what it was trained on; name real faces with --real")
+    trained_on = {*map(Path, meta["data"] or ())}
+    known = {Path(source).resolve() for source in sources} & trained_on
+    for name in datasets:
+        if Path(name).resolve() in trained_on | {Path(source).resolve() for source in sources}:
+            fail(f"{name}: it is among the real faces, or {judge} was trained on it; name others with --real, --fr")
+    size = backbone.config["size"]
+    real = embed_faces(backbone, prototypes, Faces(sources, size, flag="--real"))
+    people = len(real.faces.people)
+    if people < 2:
+        fail("--real: expected two people or more; with one, strangers are unknown")
+    print(f"real: {len(real.f)} images of {people} people in {', '.join(map(str, real.faces.roots))}")
+    weights = args.weights or weights_at_hand()
+    usual = misaligned(real.faces, weights) if weights else 0
+
+    # Training has pushed the judge's own people apart, so then others must stand for strangers.
+    unseen = embed_benchmarks(backbone, benchmarks) if known and benchmarks else None
+    report = {"judge": judge, "strangers": "of the benchmarks" if unseen else "of the real people, each to the others",
+              "real": quality_row(real, prototypes), "datasets": {}}
+    leaks = []
+    for number, name in enumerate(datasets, 1):
+        data = embed_faces(backbone, prototypes, Faces([name], size, flag="--datasets"))
+        found, leakage = judge_set(data, real, unseen)
+        # Other crops of a person would look like nobody.
+        leakage["misaligned"] = misaligned(data.faces, weights) - usual if weights else None
+        leakage["left_out"] = len(data.faces.left_out)
+        leakage["verdict"] = verdict_of(leakage, not had_part(meta, name))
+        report["datasets"][name] = quality_row(data, prototypes) | {"leakage": leakage}
+        leaks += ([name, *row] for row in offenders(data, found, leakage["tests"], real))
+        draw_closest(Path(args.out) / f"{number}-{Path(name).name}" / "closest.jpg", data, found, real)
+    return report, leaks
 
 
 def main():
     args = parser.parse_args()
     out = Path(args.out)
 
-    # Who judges what.
     folders = args.fr or sorted(path.parent.as_posix() for path in Path("runs").glob("fr*/model.safetensors"))
+    for path in () if args.fr else Path("runs").glob("fr*"):
+        if not (path / "model.safetensors").is_file():
+            print(f"{path}: left out, because its training is not finished")
     if not folders:
         fail("runs/: no recogniser in it; train one, or name it with --fr")
     recognisers = {folder: load_recogniser(folder, args.bgr) for folder in folders}
     datasets = args.datasets
     if datasets is None:
         datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() else []
-    judge = next((folder for folder, (_, _, meta) in recognisers.items()
-                  if not any(had_part(name, meta) for name in datasets)), folders[0])
-    backbone, prototypes, meta = recognisers[judge]
-    benchmarks = named_benchmarks(meta["val"] if args.pairs is None else args.pairs)
+    refuse_inside(out, datasets)
+
+    # Who had a part in making a set is no judge of it, if there is another.
+    others = [folder for folder, (_, _, meta) in recognisers.items()
+              if not any(had_part(meta, name) for name in datasets)]
+    judge = (others or folders)[0]
+    benchmarks = find_benchmarks(recognisers[judge][2]["val"] if args.pairs is None else args.pairs)
     if not datasets and (args.strict or not benchmarks):
         fail("there is no set to judge: sample one, name one with --datasets, or benchmarks with --pairs")
 
     averaged = averaged_of(benchmarks)
     models = verify(recognisers, benchmarks, averaged) if benchmarks else {}
-    report, leaks = {"judge": judge, "models": models, "datasets": {}}, []
+    report, leaks = {"datasets": {}}, []
     if datasets:
-        from tools.retinaface import misaligned, weights_at_hand
-        sources = args.real or meta["data"]
-        if not sources:
-            fail(f"{judge}: unknown what it was trained on; name real faces with --real")
-        real = embed_faces(backbone, prototypes, Faces(sources, backbone.config["size"]))
-        if len(real.faces.people) < 2:
-            fail("--real: expected two people or more; with one, strangers are unknown")
-        # Training has pushed the judge's own people apart, so others must stand for strangers.
-        knows = benchmarks and meta["data"] and {*map(Path, sources)} & {*map(Path, meta["data"])}
-        unseen = None
-        if knows:
-            images, labels = benchmark_people(benchmarks, backbone.config["size"])
-            unseen = FaceSet(embed(backbone, images), labels.to(DEVICE), thumbnails(images).to(DEVICE))
-        report["strangers"] = "people of the benchmarks" if unseen else "real people, each among the others"
-        report["real"] = quality_row(real, prototypes)
-        weights = args.weights or weights_at_hand()
-        usual = misaligned(real.faces, weights) if weights else 0
-        for number, name in enumerate(datasets, 1):
-            data = embed_faces(backbone, prototypes, Faces([name], backbone.config["size"]))
-            found, leakage = judge_set(data, real, unseen)
-            # Other crops of a person would look like nobody.
-            leakage["misaligned"] = misaligned(data.faces, weights) - usual if weights else None
-            leakage["left_out"] = len(getattr(data.faces, "left_out", ()))
-            leakage["verdict"] = verdict_of(leakage, not had_part(name, meta))
-            report["datasets"][name] = quality_row(data, prototypes) | {"leakage": leakage}
-            leaks += ([name, *row] for row in offenders(data, found, leakage["tests"], real))
-            draw_closest(out / f"{number}-{Path(name).name}" / "closest.jpg", data, found, real)
+        report, leaks = judge_sets(args, judge, recognisers[judge], benchmarks, datasets)
+    report["models"] = models
 
     text = describe(report, averaged)
     print(text)
@@ -437,7 +465,8 @@ def main():
         with replacing(out / name) as temporary:
             temporary.write_bytes(content.encode(errors="backslashreplace"))
     print(f"wrote {out / 'report.json'}, report.md, leaks.csv and pictures")
-    if args.strict and any(row["leakage"]["verdict"] != "clean" for row in report["datasets"].values()):
+    leakages = [row["leakage"] for row in report["datasets"].values()]
+    if args.strict and any(leakage["verdict"] != "clean" or leakage["left_out"] for leakage in leakages):
         raise SystemExit(3)
 
 

@@ -9,12 +9,13 @@ OUT/log.txt keeps what is printed.
 """
 import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import Faces, batches, demo, named_benchmarks, read_benchmark
+from data import Faces, batches, demo, find_benchmarks, read_benchmark
 from evaluate import embed_faces, pair_distances, verification
 from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, claim, compiled, fail, log,
                    person_moment, positive, resume, run, save_model, save_state, stop_unless_finite,
@@ -93,8 +94,8 @@ def main():
     n, k, batch, recipe = len(faces.people), args.virtual, args.batch, RECOGNISERS[args.arch]
     per_epoch = len(faces) // batch
     steps = args.epochs * per_epoch
-    val = args.val or [path for source in args.data for path in sorted(Path(source).glob("*.bin"))]
-    benchmarks = {name: read_benchmark(path, args.size) for name, path in named_benchmarks(val).items()}
+    val = find_benchmarks(args.val, args.data)
+    benchmarks = {name: read_benchmark(path, args.size) for name, path in val.items()}
 
     # The networks, and the state of a run that was killed.
     torch.manual_seed(args.seed)
@@ -104,16 +105,16 @@ def main():
     optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
     modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
     # What must not change when a run continues; --out and --val may.
-    claim(out, vars(args) | dict(images=len(faces), people=n, out=None, val=None))
+    claim(out, "fr", args, faces, val=None)
     first = resume(out, modules)
     print(f"{len(faces)} images of {n} people, {k} virtual; {args.arch}, {steps} steps of {batch}, {DEVICE}")
 
     # Whole epochs, at least a tenth of the run and 100 steps, between tests and saves.
     every = per_epoch * math.ceil(max(1000, steps) / (10 * per_epoch))
     losses = torch.zeros(3, device=DEVICE)
-    order = batches(faces, batch, args.seed, first, steps)
+    order = batches(faces, batch, args.seed, first, steps, landmarks=False)
     progress = tqdm(order, out.name, steps, leave=False, initial=first)
-    for step, (x, labels, _) in enumerate(progress, first):
+    for step, (x, labels) in enumerate(progress, first):
         torch.manual_seed(args.seed * 1_000_003 + step)                 # a resumed run draws the same numbers
         lr = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
         for group in optimizer.param_groups:
@@ -137,19 +138,21 @@ def main():
             means = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             losses.zero_()
             backbone.eval()
-            if step + 1 == steps and k and not args.paper:
-                real = embed_faces(backbone, prototypes, faces)         # takes a pass over the images
-                prototypes.settle(person_moment(real.f.float(), real.labels))
-            weights = {name: modules[name].state_dict() for name in ("backbone", "prototypes")}
-            save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, step=step + 1,
-                       steps=steps, names=[*faces.people], data=args.data, val=[*map(str, val)])
             line = f"epoch {(step + 1) // per_epoch}/{args.epochs}  lr {lr:.4f}  "
             line += "loss real {:.3f} virtual {:.3f} certainty {:.3f}".format(*means)
             for name, (images, same) in benchmarks.items():
                 line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
             log(out, line)
-            save_state(out, step + 1, modules)                          # last: never newer than the model
+            save_state(out, step + 1, modules)
             backbone.train()
+
+    backbone.eval()
+    if k and not args.paper:
+        real = embed_faces(backbone, prototypes, faces)                 # takes a pass over the images
+        prototypes.settle(person_moment(real.f.float(), real.labels))
+    weights = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
+    save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, names=[*faces.people],
+               data=[*map(os.path.abspath, faces.roots)], val=[*map(os.path.abspath, val.values())])
 
 
 if __name__ == "__main__":

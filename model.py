@@ -28,6 +28,7 @@ from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
 RANK = int(os.environ.get("RANK") or 0)                     # set by torchrun, as is LOCAL_RANK
+PROCESS = os.urandom(4).hex()                               # a name of its own, on any machine
 GPU = int(os.environ.get("LOCAL_RANK") or 0) % max(1, torch.cuda.device_count())    # ranks may share one
 DEVICE = torch.device(f"cuda:{GPU}" if torch.cuda.is_available() else "cpu")
 
@@ -58,6 +59,26 @@ def system_failed(error):
     return number is not None and number not in of_the_file
 
 
+def why(path, error):
+    """Why a file cannot be read: what it is in place of what was expected, or else the error."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(50).strip().lower()
+        if start.startswith(b"version https://git-lfs"):
+            return "it is a pointer of Git LFS; `git lfs pull` fetches the file itself"
+        if start.startswith((b"<!doctype", b"<html")):
+            return "it is a web page; download the file itself"
+    if "weights_only" in str(error):                        # where PyTorch advises to run what is in it
+        return "it is damaged, or holds more than tensors"
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def refuse_inside(out, folders):
+    """Ends the program if `out` lies in one of the folders: what is written there would become faces."""
+    for folder in folders:
+        if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
+            fail(f"--out {out}: lies in {folder}, and what is written there would become faces; name another")
+
+
 @contextlib.contextmanager
 def reading(path, expected):
     """Ends the program with one line if the block cannot make sense of the file at `path`."""
@@ -68,7 +89,7 @@ def reading(path, expected):
     except Exception as error:
         if system_failed(error):
             raise                                           # `run` reports it
-        fail(f"{path}: expected {expected}; {type(error).__name__}: {str(error)[:300]}")
+        fail(f"{path}: expected {expected}; {why(path, error)}")
 
 
 def to_float(images):
@@ -620,7 +641,8 @@ def run(main):
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary path. What the block writes there becomes `path`, whole or not at all."""
-    temporary = Path(f"{path}.{RANK}.tmp")                  # two ranks may write the same file
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{PROCESS}.tmp")       # two processes may write the same file
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -637,18 +659,21 @@ def save_model(folder, stage, config, tensors, **meta):
     flat = {f"{part}.{name}": tensor.detach().cpu().contiguous()
             for part, named in tensors.items() for name, tensor in named.items()}
     metadata = {"vigface": json.dumps(dict(stage=stage, config=config, **meta))}
-    with replacing(Path(folder) / "model.safetensors") as path:
-        path.write_bytes(safetensors.torch.save(flat, metadata))
+    path = Path(folder) / "model.safetensors"
+    if path.is_file():
+        fail(f"{path}: another process has saved it since this one began; name another --out")
+    with replacing(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(flat, metadata))
 
 
 def load_model(folder, stage):
-    """Tensors and metadata of folder/model.safetensors; ends the program unless it is a finished `stage`."""
+    """Tensors and metadata of folder/model.safetensors; ends the program unless it is of this stage."""
     path = Path(folder) / "model.safetensors"
     with reading(path, f"a finished run of {stage}_train.py"), safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         meta = {"names": []} | json.loads(file.metadata()["vigface"]) | {"sha256": digest(folder)}
-        if meta["stage"] != stage or meta["step"] < meta["steps"]:
-            raise ValueError(f"it is from {meta['stage']}_train.py, step {meta['step']} of {meta['steps']}")
+        if meta["stage"] != stage:
+            raise ValueError(f"it is from {meta['stage']}_train.py")
         # The file may be somebody else's: no huge network, and no path outside of the folder of a set.
         if meta["config"].get("depth", 0) + sum(meta["config"].get("units", ())) > len(tensors):
             raise ValueError("it describes more layers than it holds")
@@ -675,18 +700,27 @@ def build(module, tensors, prefix, path, arguments={}):
 
 def load_recogniser(path, bgr=None):
     """Backbone and prototypes, frozen, on DEVICE, and metadata, of a run folder or of published weights."""
-    if Path(path).is_file():
-        from tools.published import load_published
-        tensors, meta = load_published(path, bgr)
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    with reading(file, "a finished run of fr_train.py, or published weights (--fr)"):
+        ours = b'"vigface"' in file.open("rb").read(64)                 # `save_model` writes it first
+    if ours:
+        tensors, meta = load_model(file.parent, "fr")
     else:
-        tensors, meta = load_model(path, "fr")
+        from tools.published import load_published
+        tensors, meta = load_published(file, bgr)
     backbone = build(Recogniser, tensors, "backbone", path, meta["config"])
     prototypes = build(Prototypes, tensors, "prototypes", path, meta.get("prototypes", {}))
     return backbone.to(DEVICE, memory_format=torch.channels_last), prototypes.to(DEVICE), meta
 
 
-def claim(out, settings):
-    """Makes `out` the folder of a run and keeps its settings in run.json; ends the program if they differ."""
+def claim(out, stage, args, faces, **others):
+    """Makes `out` the folder of a run and keeps its settings in run.json; ends the program if they differ.
+
+    Settings are what must stay: flags, but for those that `others` replaces. They hold no paths: models are
+    known by `digest`, faces by theirs. `out` may not lie among the faces.
+    """
+    refuse_inside(out, faces.roots)
+    settings = {"stage": stage} | vars(args) | {"out": None, "data": faces.digest()} | others
     path = Path(out) / "run.json"
     if path.is_file():
         with reading(path, "the settings of a run"):
@@ -694,9 +728,12 @@ def claim(out, settings):
         for key, value in settings.items():
             if before.get(key) != value:
                 fail(f"{path}: started with {key} = {before.get(key)}, now {value}; set it back, or name "
-                     "another --out")
+                     "another --out: a longer or a larger run is a new one")
+        if (path.parent / "model.safetensors").is_file():
+            print(f"{out}: its training is finished; another one needs another --out")
+            raise SystemExit(0)
         return
-    if path.parent.is_dir() and any(not entry.name.startswith("run.json") for entry in path.parent.iterdir()):
+    if path.parent.is_dir() and any(not entry.name.startswith(".run") for entry in path.parent.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1))

@@ -176,9 +176,13 @@ def write_batch(out, jobs, images, verdicts, f):
     np.add.at(sums, person, (f[accepted].numpy() * 2 ** 20).round().astype(np.int32))
     first = jobs[0]
     path = out / ".verdicts" / f"{first.row}-{first.index}-{first.attempt}.csv"
-    with replacing(path.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.column_stack([rows, sums]))
-    write_csv(path, Verdict._fields, verdicts)
+    try:
+        with replacing(path.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.column_stack([rows, sums]))
+        write_csv(path, Verdict._fields, verdicts)
+    except OSError:                                             # another process may have completed the set
+        if not (out / "manifest.csv").is_file():
+            raise
 
 
 def attempts_after(verdict):
@@ -230,6 +234,9 @@ def too_near_together(out, real, names):
 
 def finish(out, total, poses, size, real, names):
     """If nothing is left to draw, writes landmarks.csv, grid.jpg and manifest.csv, and says how it went."""
+    if (out / "manifest.csv").is_file():
+        shutil.rmtree(out / ".verdicts", ignore_errors=True)
+        return print(f"{out}: another process has completed it")
     # Texts, because millions of tuples would not fit in memory. No file's name holds a zero byte.
     drawn = sorted({"\0".join(verdict) for verdict in verdicts_of(out)})
     verdicts = lambda: (Verdict(*text.split("\0")) for text in drawn)
@@ -282,12 +289,12 @@ def main():
     dit, poses, backbone, prototypes, fr = load(args)
     W, n = prototypes.to_draw(), len(prototypes.real)
     names = [*fr["names"], *(f"{fr['sha256'][:6]}-{i:06d}" for i in range(len(W) - n))]
-    faces = Faces(args.real or fr["data"], dit.size)
+    faces = Faces(args.real or fr["data"], dit.size, flag="--real")
     rows = rows_of(faces.people, names)                         # of W, for each label
     wanted = people_to_draw(args, names, n, rows[faces.labels])
 
     # A set may be moved, or continued with another --batch.
-    claim(out, vars(args) | dict(out=None, batch=None, dit_sha256=digest(args.dit), fr_sha256=fr["sha256"]))
+    claim(out, "set", args, faces, dit=digest(args.dit), fr=fr["sha256"], real=None, batch=None)
     if (out / "manifest.csv").is_file():
         return print(f"{out / 'manifest.csv'}: already complete")
     real = embed_real(backbone, prototypes, faces, rows, torch.tensor([*wanted.values()], device=DEVICE))

@@ -21,6 +21,7 @@ import struct
 import sys
 import tempfile
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -127,7 +128,7 @@ BENCHMARKS = [pickle.dumps(([encoded("PNG")] * 20, [True, False] * 5), protocol)
 ARRAYS = [np.frombuffer(encoded("JPEG"), np.uint8)] * 20
 BENCHMARKS += [pickle.dumps((ARRAYS, np.array([True, False] * 5)), protocol) for protocol in (2, 4, 5)]
 TINY = dict(size=32, dim=8, width=16, units=(1, 1, 1, 1))
-META = {"stage": "fr", "config": TINY, "data": ["x"], "val": [], "names": list("abc"), "step": 1, "steps": 1,
+META = {"stage": "fr", "config": TINY, "data": ["x"], "val": [], "names": list("abc"),
         "prototypes": dict(n=3, k=2, dim=8)}
 backbone = model.Recogniser(**TINY)
 tensors = {f"backbone.{name}": t for name, t in backbone.state_dict().items()}
@@ -137,7 +138,7 @@ CHECKPOINT = (root / "m/model.safetensors").read_bytes()
 DETECTOR = saved({f"module.{name}": t for name, t in RetinaFace().state_dict().items()})
 RECOGNISER = saved({f"model.{name}": t for name, t in backbone.state_dict().items()})
 STATE = saved({"step": 3, "net": torch.nn.Linear(3, 3).state_dict()})
-SETTINGS = json.dumps({"lr": 0.1}).encode()
+SETTINGS = json.dumps({"stage": "fr", "lr": 0.1, "out": None, "data": ""}).encode()
 HOSTILE = [*(pickle.dumps((Payload(), [True]), protocol) for protocol in (0, 2, 4)),
            b"\x80\x04\x8e" + struct.pack("<Q", 2 ** 40) + b"abc.",              # a string of absurd length
            b"\x80\x02cnumpy\nndarray\n(I%d\ntR." % 2 ** 40,                 # an array, by calling the class
@@ -247,7 +248,8 @@ def state():
 
 
 def settings():
-    model.claim(write("run/run.json", hurt(SETTINGS)).parent, {"lr": 0.1})
+    faces = types.SimpleNamespace(roots=[], digest=lambda: "")
+    model.claim(write("run/run.json", hurt(SETTINGS)).parent, "fr", types.SimpleNamespace(lr=0.1), faces)
 
 
 def too_slow(*_):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import (SUFFIXES, TEMPLATE, list_files, open_image, processors, read_csv, write_csv,
                   write_landmarks)
-from model import DEVICE, fail, reading, replacing, run, system_failed
+from model import DEVICE, fail, reading, refuse_inside, replacing, run, system_failed
 from tools.retinaface import crop_landmarks, detect_faces, load_detector, similarity
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,10 +79,10 @@ def align(photos, out, detector):
     Returns how many crops there are in all, and how many files were rejected now.
     """
     photos, out = Path(photos), Path(out)
-    if photos.resolve() in (out.resolve(), *out.resolve().parents):
-        fail(f"--out {out}: lies in the photographs, and its crops would become photographs; name another "
-             "folder")
-    names = {*list_files(photos)}
+    if not photos.is_dir():
+        fail(f"{photos}: no such folder")
+    refuse_inside(out, [photos])
+    names = {name: size for name, size in list_files(photos) if Path(name).name[0] != "."}
     if not names:
         fail(f"{photos}: no files in it")
     crops = read_rows(out / "landmarks.csv", float, 10)         # {crop: ten numbers}
@@ -95,6 +95,8 @@ def align(photos, out, detector):
         if crop_name in crops and (out / crop_name).is_file():
             return
         try:
+            if names[name] is None:
+                raise ValueError("no file, or a link to none")
             if "/" not in name:
                 raise ValueError("not in the folder of an identity")
             if Path(name).suffix.lower() not in SUFFIXES:

@@ -5,12 +5,15 @@ data.py reads them through this module when it meets a train.rec or a .bin.
 import io
 import pickle
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from model import fail, reading
+from data import open_image, processors, to_tensor
+from model import fail, reading, why
 
 # ---------------------------------------------------------------------------------------------------- records
 
@@ -131,3 +134,41 @@ def people_of_pairs(benchmarks):
         lowest = labels[pairs].amin(1).repeat_interleave(2)
         labels.scatter_reduce_(0, pairs.flatten(), lowest, "amin")
     return distinct, labels.unique(return_inverse=True)[1]
+def decode_bin(path, size):
+    """Images uint8 (2P, 3, S, S) of a .bin; whether images 2p and 2p + 1 are one person (P,)."""
+    decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
+    with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
+        encoded, same = read_bin(path)
+        images = tqdm(pool.map(decode, encoded), f"reading {path}", len(encoded), leave=False, mininterval=1)
+        return torch.stack([*images]), same
+
+
+def named_benchmarks(paths):
+    """{name: path} of benchmarks, by the names of their files without .bin; a folder stands for all in it."""
+    found = []
+    for path in map(Path, paths):
+        folder, pattern = (path, "*.bin") if path.is_dir() else (path.parent, path.name)
+        some = [path] if path.is_file() else sorted(folder.glob(pattern))           # Windows leaves *.bin
+        if not some:
+            fail(f"{path}: no such file; --val and --pairs name benchmarks, .bin, or folders of them")
+        if some[0].suffix != ".bin":
+            fail(f"{path}: expected a .bin; tools/pairs.py makes one of pairs.txt and a folder of images")
+        found += some
+    named = {path.stem: str(path) for path in found}
+    if len(named) < len(found):
+        fail(f"{' '.join(map(str, found))}: expected one benchmark of each name; leave some out")
+    return named
+
+
+def choose_benchmarks(paths):
+    """{name: path} of the benchmarks among .bin files, of each name the first; says what is left out."""
+    named = {}
+    for path in paths:
+        try:
+            if path.stem in named:
+                raise ValueError(f"{named[path.stem]} has its name")
+            read_bin(path)
+            named[path.stem] = str(path)
+        except Exception as error:                          # pickles break in every possible way
+            print(f"{path}: left out of the benchmarks ({why(path, error)}); --val names others")
+    return named

@@ -14,6 +14,8 @@ from model import Prototypes, fail, reading
 
 def read_checkpoint(path):
     """The tensors {name: tensor} of a .safetensors, .pth, .pt or .ckpt, in fp32; code in it is not run."""
+    if Path(path).suffix == ".onnx":
+        raise ValueError("an ONNX network cannot be read; name a checkpoint of PyTorch")
     if Path(path).suffix == ".safetensors":
         state = safetensors.torch.load_file(path)
     else:

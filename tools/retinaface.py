@@ -3,7 +3,6 @@
 dit_train.py asks it for the landmarks that a training set lacks, evaluate.py whether a set is aligned;
 tools/align.py cuts photographs by it.
 """
-import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -126,16 +125,16 @@ def crop_landmarks(detector, images):
 def complete_landmarks(faces, folder, weights):
     """Fills in the landmarks that `faces` lack, one or more; what is found is kept in folder/landmarks.pt."""
     missing = faces.landmarks[:, 0, 0].isnan().nonzero()[:, 0]
-    path, files = Path(folder) / "landmarks.pt", hashlib.sha256(faces.paths[missing]).hexdigest()
+    path, digest = Path(folder) / "landmarks.pt", faces.digest()
     kept = {}
     if path.is_file():
         with reading(path, "landmarks that this script found (delete it)"):
             kept = torch.load(path, weights_only=True)
-    if kept.get("files") != files:
+    if kept.get("faces") != digest or not torch.equal(kept["missing"], missing):
         detector = load_detector(weights, folder)
         scan = faces.scan(missing, "landmarks")
         found = [crop_landmarks(detector, images.to(DEVICE)) for images, _ in scan]
-        kept = {"files": files, "landmarks": torch.cat(found)}
+        kept = {"faces": digest, "missing": missing, "landmarks": torch.cat(found)}
         with replacing(path) as temporary:
             torch.save(kept, temporary)
     faces.landmarks[missing] = kept["landmarks"]

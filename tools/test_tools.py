@@ -156,7 +156,7 @@ def test_without_data_the_demo_is_painted_on_first_use(tmp_path, monkeypatch):
         here("fr_train.py", "--epochs", 1, "--batch", 8, "--out", out, cwd=tmp_path)
     assert painted == [Path("runs/demo")]
     _, meta = model.load_model(tmp_path / "runs/again", "fr")
-    assert meta["data"] == ["runs/demo"]
+    assert meta["data"] == [f"{tmp_path}/runs/demo"]
     assert "demo: no such folder" in here("fr_train.py", "--data", "demo", cwd=tmp_path, code=2)
 
 
@@ -357,6 +357,36 @@ def test_a_malformed_benchmark_is_one_clear_line_and_runs_nothing(tmp_path, monk
 
 
 # ------------------------------------------------------------------------------------------- retinaface.py
+
+def test_benchmarks_are_files_or_folders_or_patterns(tmp_path, capsys, monkeypatch):
+    """Of a name there is one; a list of pairs is none."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("val/lfw.bin", "val/cfp.bin", "other/lfw.bin"):
+        Path(name).parent.mkdir(exist_ok=True)
+        write_benchmark(Path(name))
+    Path("pairs.txt").touch()
+    Path("empty").mkdir()
+    both = {"cfp": "val/cfp.bin", "lfw": "val/lfw.bin"}
+    assert data.find_benchmarks(["val"]) == data.find_benchmarks(["val/*.bin"]) == both
+    assert data.find_benchmarks(["other/lfw.bin"], ["val"]) == {"lfw": "other/lfw.bin"}
+    assert data.find_benchmarks(None, ["empty"]) == data.find_benchmarks([]) == {}
+    assert "tools/pairs.py" in stops(capsys, data.find_benchmarks, ["pairs.txt"])
+    assert "no such file" in stops(capsys, data.find_benchmarks, ["empty"])
+    assert "of each name" in stops(capsys, data.find_benchmarks, ["val", "other/lfw.bin"])
+
+
+def test_what_lies_beside_the_data_and_is_no_benchmark_is_left_out_aloud(tmp_path, capsys):
+    """And the second of two with one name."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_benchmark(tmp_path / name / "lfw.bin")
+    (tmp_path / "a/model.bin").write_bytes(b"weights")
+    found = data.find_benchmarks([], [tmp_path / "a", tmp_path / "b"])
+    assert found == {"lfw": f"{tmp_path}/a/lfw.bin"}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all("left out" in line and "--val" in line for line in said)
+    assert "a/model.bin" in said[0] and "b/lfw.bin" in said[1] and "a/lfw.bin has its name" in said[1]
+
 
 def places(height, width):
     """Yields the centre x and y, the number and the side of each anchor, in the detector's order."""
@@ -632,6 +662,17 @@ def test_a_checkpoint_may_be_double_old_or_of_safetensors(tmp_path, small):
     assert "us.step" not in tensors
 
 
+def test_a_folder_of_published_weights_stands_for_them(tmp_path, small, capsys):
+    """As CVLface's are downloaded: config.json, model.safetensors, and a copy deeper down."""
+    save_file(prefixed("model.net.", small), tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        backbone, _, meta = model.load_recogniser(path)
+        assert meta["names"] == [] and backbone.config["units"] == [*small.config["units"]]
+    (tmp_path / "model.onnx").write_bytes(b"\b\7")
+    assert "ONNX" in stops(capsys, model.load_recogniser, tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize("content, said", [
     ({"model.extra": torch.zeros(1)}, "expected the layout of AdaFace, CVLface or TFace"),
     ({"layer1.0.bn1.weight": torch.zeros(1)}, "found backbone.layer1.0.bn1.weight"),
@@ -826,14 +867,15 @@ def test_every_file_that_is_not_cut_has_a_row_with_the_reason(photos, tmp_path):
     lying.save(photos / "ann/lying.png")
     (photos / "ann/broken.jpg").write_bytes(b"no picture")
     (photos / "ann/notes.txt").write_bytes(b"no picture")
+    os.mkfifo(photos / "ann/pipe.jpg")                                  # would never end
     count, refused = align.align(photos, tmp_path / "out", None)
     reasons = rejected(tmp_path / "out")
-    assert (count, refused) == (1, 6)
+    assert (count, refused) == (1, 7)
     assert reasons.pop("ann/broken.jpg").startswith("unreadable: ")
     assert reasons == {
         "ann/lying.png": "the face is not upright, or hardly seen", "ann/none.png": "no face",
         "ann/notes.txt": "its suffix is not that of an image", "ann/small.png": "no face of 40 pixels",
-        "nobody.png": "not in the folder of an identity"}
+        "ann/pipe.jpg": "no file, or a link to none", "nobody.png": "not in the folder of an identity"}
 
 
 def test_crops_that_are_there_are_not_cut_again(photos, tmp_path, monkeypatch):
@@ -908,7 +950,7 @@ def test_crops_never_go_into_the_photographs(photos, tmp_path, capsys, out):
     photo(photos / "ann/1.png", (40, 40, 300))
     before = contents(photos)
     line = stops(capsys, align.align, photos, photos / out, None)
-    assert "lies in the photographs" in line
+    assert f"lies in {photos}" in line
     assert before == contents(photos)
 
 
