@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import DEVICE, fail, reading, replacing, system_failed, to_float
+from model import DEVICE, RANK, WORLD, fail, reading, replacing, system_failed, to_float
 
 # ---------------------------------------------------------------------------------------------------- images
 
@@ -203,7 +204,7 @@ class Faces(Dataset):
         workers = 0 if self.items is not None or len(self) <= 100 else processors()
         pin = DEVICE.type == "cuda"                 # does nothing to arrays, but its thread reads ahead
         loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers,
-                            collate_fn=stacked, pin_memory=pin)
+                            collate_fn=stacked, pin_memory=pin, worker_init_fn=outlive)
         try:
             for images, indices in loader:
                 images = torch.from_numpy(images)
@@ -241,18 +242,23 @@ def stacked(items):
     return [np.stack(part) for part in zip(*items)]
 
 
+def outlive(_):
+    """Lets a worker pass by one SIGTERM, so that the step which is running gets its images (Slurm's, say)."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 def batches(faces, batch, seed, first, last):
     """Yields images in [-1, 1], labels and landmarks, on DEVICE, of training steps first to last - 1.
 
     Seed and step alone decide what a batch holds, so a resumed run sees what it would have seen. Images that
-    do not fill a whole batch are left out of an epoch.
+    do not fill a whole batch are left out of an epoch. Each of several ranks gets its part of a batch.
     """
     per_epoch = len(faces) // batch
 
     def order():
         for epoch in itertools.count(first // per_epoch):
             shuffled = np.random.default_rng([abs(seed), epoch]).permutation(len(faces))
-            yield from shuffled[:per_epoch * batch].reshape(per_epoch, batch)
+            yield from shuffled[:per_epoch * batch].reshape(per_epoch, batch)[:, RANK::WORLD]
 
     before = first % per_epoch                                      # steps of this epoch that are done
     for images, i in faces.loader(itertools.islice(order(), before, before + last - first)):

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
-RANK = int(os.environ.get("RANK") or 0)                     # set by torchrun, as is LOCAL_RANK
+# torchrun starts WORLD processes, each with a RANK, and a LOCAL_RANK on its machine.
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 GPU = int(os.environ.get("LOCAL_RANK") or 0) % max(1, torch.cuda.device_count())    # ranks may share one
 DEVICE = torch.device(f"cuda:{GPU}" if torch.cuda.is_available() else "cpu")
 
@@ -51,8 +54,9 @@ def positive(text):
 
 def system_failed(error):
     """Whether the system caused an error, and not a file: no memory, a disk that fails, no permission."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
+    if isinstance(error, RuntimeError):                     # PyTorch's; only the text tells its kind
+        kinds = ("memory", "alloc", "DataLoader worker", "new thread", "Connection closed")
+        return any(kind in str(error) for kind in kinds)
     number = getattr(error, "errno", None)                  # only errors of the system have one
     of_the_file = (errno.ENOENT, errno.EINVAL)              # it is not there, or damaged
     return number is not None and number not in of_the_file
@@ -276,18 +280,24 @@ def class_sums(f, labels):
     return sums, count
 
 
-def person_moment(f, labels):
+def person_moment(backbone, faces):
     """How people differ: the second moment (D, D), scaled to trace 1, of what a person's images share.
 
-    It is the mean of f_i f_j^T over pairs i != j of a person's images (M, D), which share the person only.
-    The sum over these pairs is that over all pairs, s s^T with s the sum of f_i, less that of f_i f_i^T.
+    It is the mean of f_i f_j^T over pairs i != j of a person's images, which share the person only. The sum
+    over these pairs is that over all pairs, s s^T with s the sum of f_i, less that of f_i f_i^T. A pass over
+    `faces` adds these up; nothing is kept of an image.
     """
-    sums, count = class_sums(f, labels)
+    labels, dim = faces.labels.to(DEVICE), backbone.config["dim"]
+    count = torch.bincount(labels)
     weight = (count > 1) / (count * (count - 1)).clamp(min=1)           # one image is no pair
-    all_pairs = (sums * weight[:, None]).mT @ sums
-    with_itself = (f * weight[labels][:, None]).mT @ f
-    # If everybody has one image, only the last term is not zero.
-    moment = all_pairs - with_itself + 1e-3 * f.mT @ f / len(f)
+    sums = torch.zeros(len(count), dim, device=DEVICE)
+    rest = torch.zeros(dim, dim, device=DEVICE)
+    for images, i in faces.scan(torch.arange(len(labels)), "embedding"):
+        f, label = embed(backbone, images), labels[i.to(DEVICE)]
+        sums.index_add_(0, label, f)
+        # 1e-3 decides if everybody has one image: the weights are zero then.
+        rest += (f * (1e-3 / len(labels) - weight[label])[:, None]).mT @ f
+    moment = (sums * weight[:, None]).mT @ sums + rest
     return moment / moment.trace()
 
 
@@ -397,9 +407,16 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
         # prototypes are detached: people who exist do not make way.
         chosen = n + torch.randint(max(1, k), (b_virtual,), device=f.device)    # b_virtual is 0 if k is
         virtual_f = around(W[chosen], torch.randn_like(W[chosen]), prototypes.sigma2, prototypes.paper)
-        cos = virtual_f @ torch.cat([W[:n].detach(), W[n:]]).mT                 # (b_virtual, n + k)
-        quality = torch.zeros_like(cos[:, :1])          # average: virtual embeddings have no norm to judge
-        virtual_loss = margin_loss(cos, chosen, quality)
+        fixed = torch.cat([W[:n].detach(), W[n:]]).mT                           # (D, n + k)
+
+        def part_loss(f, labels):                       # quality 0, average: there is no norm to judge
+            return margin_loss(f @ fixed, labels, 0.0)
+
+        # In parts, whose cosines are computed once more in the backward pass. Together those of 120,000 virtual
+        # people would take 20 GB.
+        rows = 2 ** 25 // (n + k) + 1
+        parts = zip(virtual_f.split(rows), chosen.split(rows))
+        virtual_loss = sum(checkpoint(part_loss, *part, use_reentrant=False) for part in parts)
     return real_loss, virtual_loss, certain_loss
 
 
@@ -597,23 +614,31 @@ def dpm_solver(denoise, x, steps):
 
 # ---------------------------------------------------------------------------------------------- save and load
 
-def run(main):
-    """Runs a script. Whatever stops it from outside becomes one line, and the same command continues it."""
+def run(main, less="or begin anew with a smaller --batch and another --out"):
+    """Runs a script. Whatever stops it from outside becomes one line, and the same command continues it.
+
+    `less` says how this script needs less memory.
+    """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")       # folder names may not be UTF-8
+        if hasattr(stream, "reconfigure"):                  # a notebook's have not
+            stream.reconfigure(errors="backslashreplace")   # folder names may not be UTF-8
     try:
         main()
     except KeyboardInterrupt:
         tqdm.write("interrupted; the same command continues from what is saved", sys.stderr)
         raise SystemExit(130)
-    except torch.OutOfMemoryError:
-        fail("the memory does not suffice: halve --batch, and change --out if the run has saved already")
     except ModuleNotFoundError as error:
         if not f"{error.name}.".startswith("tools."):
             raise
         fail(f"this input needs {error.name}, which is not here; copy the folder tools/ beside the scripts")
-    except OSError as error:
-        fail(f"{error}; put it right and give the same command again, which continues from what is saved")
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not system_failed(error):
+            raise                                           # a mistake in the code
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        reason = lines[-1 if "Traceback" in str(error) else 0][:300]    # a worker's comes last
+        if any(word in reason.lower() for word in ("memory", "alloc", "killed")):
+            reason = f"the memory does not suffice ({reason}); {less}; or free some"
+        fail(f"{reason}; put it right and give the same command again, which continues from what is saved")
 
 
 @contextlib.contextmanager
@@ -720,6 +745,48 @@ def resume(out, modules):
         step = int(state["step"])
     print(f"continuing {out} after step {step}")
     return step
+
+
+def until_stopped(items, save, title=None, first=0, steps=None):
+    """Yields steps, counted from `first`, and items, under a progress bar if there is a title.
+
+    Ctrl-C or SIGTERM ends the program after the step that is running, on all ranks, once rank 0 has called
+    save(number of steps done). A second signal ends it at once.
+    """
+    asked = torch.zeros((), dtype=torch.int)
+
+    def stop(number, _):
+        asked.fill_(number)
+        for kind in before:
+            signal.signal(kind, signal.SIG_DFL)
+
+    before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    progress = tqdm(items, title, steps, leave=False, initial=first, disable=RANK > 0 or not title)
+    try:
+        for step, item in enumerate(progress, first):
+            yield step, item
+            if over_ranks(asked.clone()):
+                if RANK == 0:
+                    save(step + 1)
+                raise SystemExit(128 + (int(asked) or signal.SIGTERM))
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def shared(module):
+    """A module that several ranks train: each on its part of the batch, with the mean of their gradients."""
+    if WORLD == 1:
+        return module
+    distributed.init_process_group()
+    return nn.parallel.DistributedDataParallel(module)
+
+
+def over_ranks(x):
+    """The sum of a tensor over the ranks that train together."""
+    if distributed.is_initialized():
+        distributed.all_reduce(x)
+    return x
 
 
 def log(out, line):

@@ -404,6 +404,16 @@ def test_settled_prototypes_are_whitened_and_given_two_moments():
     assert torch.equal(prototypes.to_draw()[30:], before[30:])
 
 
+def moment_of_people(f, labels, batch=3):
+    """What a pass over images finds if f (M, D) are their embeddings."""
+    scan = lambda indices, title: ((f[i], i) for i in indices.split(batch))
+    faces = SimpleNamespace(labels=labels, scan=scan)
+    backbone = SimpleNamespace(config={"dim": f.shape[1]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "embed", lambda _, f: f)
+        return model.person_moment(backbone, faces)
+
+
 def test_the_moment_of_people_is_the_mean_over_pairs_of_images_of_one_person():
     f = units(11, 4)
     labels = torch.tensor([0] * 5 + [2] * 2 + [1] * 3 + [3])        # the last has one image: no pair
@@ -412,10 +422,10 @@ def test_the_moment_of_people_is_the_mean_over_pairs_of_images_of_one_person():
         pairs = [*itertools.permutations(f[labels == person], 2)]
         total = total + sum(a.outer(b) for a, b in pairs) / len(pairs)
     total = total + 1e-3 * moment_of(f)                     # decides if nobody has two images
-    assert same(model.person_moment(f, labels), total / total.trace())
+    assert same(moment_of_people(f, labels), total / total.trace())
     alone = units(5000, 4)                                  # so many that rounding would show
     moment = alone.T @ alone
-    found = model.person_moment(alone, torch.arange(5000).flip(0))
+    found = moment_of_people(alone, torch.arange(5000).flip(0), batch=256)
     assert same(found, moment / moment.trace(), 1e-4)
 
     sums, count = model.class_sums(f, labels)
@@ -447,7 +457,7 @@ def test_virtual_prototypes_lie_where_people_do():
     # Images of a person differ in the other directions, which are not of the person.
     noise = torch.randn(2 * n, dim) * (1 - spread) @ axes.T
     f = unit(prototypes.real.detach().repeat(2, 1) + noise)
-    people = model.person_moment(f, torch.arange(n).repeat(2))
+    people = moment_of_people(f, torch.arange(n).repeat(2), batch=256)
     assert (people @ axes[:, used:]).norm() < 0.3 * people.norm()
 
     prototypes.settle(torch.eye(dim) / dim)                 # as if people were round
@@ -1120,7 +1130,7 @@ def test_stage_1_trains_as_this_loop_does(tmp_path, monkeypatch):
 
     # At the end, virtual prototypes settle, given all embeddings of all faces.
     f = model.embed(backbone, images_of(faces))
-    prototypes.settle(model.person_moment(f, faces.labels))
+    prototypes.settle(moment_of_people(f, faces.labels))
     _, saved, _ = model.load_recogniser(tmp_path / "runs/fr")
     assert same(saved.to_draw(), prototypes.to_draw(), 1e-4)
 
