@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import nn
 from torchvision.utils import save_image
 
 from data import Faces, batches, rows_of
@@ -103,8 +104,7 @@ def main():
     fast, fast_backbone = shared(compiled(dit, seen)), compiled(backbone, seen)
     optimizer = torch.optim.AdamW(dit.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     losses = torch.zeros(2, device=DEVICE)                  # the sum since the last line that was printed
-    modules = {"dit": dit, "average": average, "optimizer": optimizer,
-               "losses": torch.nn.ParameterList([losses])}
+    modules = {"dit": dit, "average": average, "optimizer": optimizer, "losses": nn.ParameterList([losses])}
     save = lambda done: save_state(out, done, modules)
     first = resume(out, modules)
 

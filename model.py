@@ -409,9 +409,8 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
         virtual_f = around(W[chosen], torch.randn_like(W[chosen]), prototypes.sigma2, prototypes.paper)
         fixed = torch.cat([W[:n].detach(), W[n:]]).mT                           # (D, n + k)
 
-        def part_loss(f, labels):                       # quality 0, average: there is no norm to judge
-            return margin_loss(f @ fixed, labels, 0.0)
-
+        # Quality 0 is the average: there is no norm to judge.
+        part_loss = lambda f, labels: margin_loss(f @ fixed, labels, 0.0)
         # In parts, whose cosines are computed once more in the backward pass. Together those of 120,000 virtual
         # people would take 20 GB.
         rows = 2 ** 25 // (n + k) + 1
@@ -768,6 +767,7 @@ def until_stopped(items, save, title=None, first=0, steps=None):
             if over_ranks(asked.clone()):
                 if RANK == 0:
                     save(step + 1)
+                    tqdm.write("stopped; the same command continues", sys.stderr)
                 raise SystemExit(128 + (int(asked) or signal.SIGTERM))
     finally:
         for kind, handler in before.items():

@@ -15,9 +15,11 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -1313,6 +1315,144 @@ def test_stage_2_trains_as_this_loop_does(tmp_path, monkeypatch):
     assert "real 0.300 virtual 0.750" in printed and len(lines) == 6
 
 
+def train_as_rank(rank, world, port, cwd, flags, stop):
+    """Runs dit_train.py in this process as one of several ranks; writes what it trained and its seeds. The
+    last rank is sent SIGTERM in a step.
+    """
+    for module in (model, data, dit_train):
+        module.RANK, module.WORLD = rank, world
+    where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=world)
+    os.environ |= {name: str(value) for name, value in where.items()}
+    kept, seeds = [], []
+    shared = dit_train.shared
+    dit_train.shared = lambda module: kept.append(module) or shared(module)
+
+    def loss(dit, backbone, x, w, landmarks, **options):
+        """No chance: what ranks draw differs."""
+        seeds.append(torch.initial_seed())
+        if len(seeds) == stop and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        v = dit(x, torch.full((len(x),), 0.5), w, landmarks)
+        return (v - x).square().mean(), v.square().mean()
+    dit_train.dit_loss = loss
+    dit_train.mirror = lambda x, landmarks: (x, landmarks)
+    printed = here("dit_train.py", *flags, cwd=cwd, code=143 if stop else 0)
+    torch.save((kept[0].state_dict(), seeds, printed), cwd / f"{world}-{rank}.pt")
+
+
+def train_as_ranks(world, cwd, *flags, stop=None):
+    """Runs dit_train.py as several ranks; what each trained, its seeds, and what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = []
+    for rank in range(world):
+        ranks.append(fork.Process(target=train_as_rank, args=(rank, world, port, cwd, flags, stop)))
+        ranks[-1].start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * world
+    return [torch.load(cwd / f"{world}-{rank}.pt") for rank in range(world)]
+
+
+def test_ranks_train_one_network_as_one_rank_does(tmp_path, monkeypatch):
+    """They share each batch; gradients and losses are means over the whole batch."""
+    save_set(tmp_path / "faces", random_images(12, 16), 3, torch.rand(12, 5, 2))
+    tiny_recogniser(tmp_path / "runs/fr", [f"person {i}" for i in range(4)], data=["faces"])
+    monkeypatch.setitem(model.DIT_SIZES, "Ti", dict(width=16, depth=1, heads=2))
+    monkeypatch.setattr(dit_train, "autocast", contextlib.nullcontext)
+    monkeypatch.setattr(dit_train, "preview", lambda *_: torch.zeros(8, 8))
+    flags = ["--steps", 5, "--batch", 6, "--out"]
+    (alone, seeds, printed), = train_as_ranks(1, tmp_path, *flags, "one")
+    (first, seeds_0, printed_0), (second, seeds_1, printed_1) = train_as_ranks(2, tmp_path, *flags, "two")
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name]) and same(first[name], tensor, 1e-4), name
+    log = (tmp_path / "one/log.txt").read_text()
+    assert log == (tmp_path / "two/log.txt").read_text()
+    assert "loss v" in printed_0 and "loss v" not in printed_1
+    assert seeds == seeds_0 and not {*seeds_0} & {*seeds_1} and len({*seeds_1}) == 5
+
+    # A signal to one of the ranks ends both after the same step; both continue.
+    train_as_ranks(2, tmp_path, *flags, "stopped", stop=3)
+    train_as_ranks(2, tmp_path, *flags, "stopped")
+    assert model.digest(tmp_path / "stopped") == model.digest(tmp_path / "two")
+    assert log == (tmp_path / "stopped/log.txt").read_text()
+
+    said = here("dit_train.py", *flags, "two", cwd=tmp_path, code=2)
+    assert "ranks = 2, now 1" in said
+    monkeypatch.setattr(dit_train, "WORLD", 4)
+    assert "multiple of 4" in here("dit_train.py", *flags, "new", cwd=tmp_path, code=2)
+
+
+def interrupting(monkeypatch, module, function, count, number=signal.SIGTERM):
+    """Sends this process a signal at the count-th call of a function."""
+    calls, call = itertools.count(1), getattr(module, function)
+
+    def spy(*args, **options):
+        if next(calls) == count:
+            os.kill(os.getpid(), number)
+        return call(*args, **options)
+    monkeypatch.setattr(module, function, spy)
+
+
+@pytest.mark.parametrize("step", [1, 7, 12])
+def test_a_stopped_stage_1_continues_to_the_same_bytes(tmp_path, monkeypatch, step):
+    """After the step that is running, be it the last one, which settles the virtual prototypes."""
+    save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
+    recipe = dict(epochs=6, batch=4, scale=6.0, net=dict(dim=8) | TINY)
+    monkeypatch.setitem(model.RECOGNISERS, "tiny", recipe)
+    command = ["fr_train.py", "--data", "faces", "--epochs", 6, "--out"]
+    here(*command, "whole", cwd=tmp_path)
+    with monkeypatch.context() as patch:
+        interrupting(patch, fr_train, "vigface_loss", step)
+        assert "the same command continues" in here(*command, "out", cwd=tmp_path, code=143)
+    assert torch.load(tmp_path / "out/state.pt")["step"] == step
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    here(*command, "out", cwd=tmp_path)
+    for file in ("model.safetensors", "log.txt"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_run_that_fails_while_prototypes_settle_ends_when_given_again(tmp_path, monkeypatch):
+    save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
+    recipe = dict(epochs=6, batch=4, scale=6.0, net=dict(dim=8) | TINY)
+    monkeypatch.setitem(model.RECOGNISERS, "tiny", recipe)
+    command = ["fr_train.py", "--data", "faces", "--epochs", 6, "--out"]
+    here(*command, "whole", cwd=tmp_path)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(fr_train, "person_moment", fails)
+        here(*command, "out", cwd=tmp_path)
+    assert "after step 11" in here(*command, "out", cwd=tmp_path)
+    assert model.digest(tmp_path / "out") == model.digest(tmp_path / "whole")
+
+
+def test_the_second_signal_ends_a_run_at_once():
+    def train(numbers):
+        steps = model.until_stopped(range(9), print)
+        next(steps)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        os._exit(7)                                         # the step ends
+    fork = multiprocessing.get_context("fork")
+    for numbers, code in (([2], 7), ([15], 7), ([2, 2], -2), ([15, 15], -15), ([2, 15], -15), ([15, 2], -2)):
+        process = fork.Process(target=train, args=[numbers])
+        process.start()
+        process.join()
+        assert process.exitcode == code
+
+
+def test_stage_1_uses_one_gpu_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(fr_train, "WORLD", 2)
+    assert "uses one GPU" in here("fr_train.py", cwd=tmp_path, code=2)
+    monkeypatch.setattr(fr_train, "RANK", 1)
+    assert here("fr_train.py", cwd=tmp_path) == ""          # rank 0 says it
+    assert not contents(tmp_path)
+
+
 def test_a_saved_recogniser_comes_back_frozen(tmp_path, capsys):
     saved, prototypes = tiny_recogniser(tmp_path, ["ann", "bob"], data=[])
     backbone, loaded, meta = model.load_recogniser(tmp_path)
@@ -1373,6 +1513,7 @@ def test_stage_1_refuses_flags_that_make_no_sense(capsys, faces, flags, said):
     ((9, 400, 64), "--arch S/4 --steps 7 --batch 9 --lr 0.5", "S/4", 7, 9, 0.5)])
 def test_stage_2_fills_in_what_was_left_out(faces, flags, arch, steps, batch, lr):
     args = filled_in(dit_train, faces, *flags.split())
+    assert args.seed < 2 ** 40
     assert args.arch == arch and args.steps == steps and args.batch == batch and args.lr == lr
 
 
@@ -1427,8 +1568,9 @@ def test_a_stage_continues_with_other_outputs_but_not_with_other_faces(tmp_path,
 
     def spy(out, step, modules):                            # is last: never newer than model and log
         stage = out.name.split("_")[0]
-        assert model.load_model(out, stage)[1]["step"] == step
-        assert len((out / "log.txt").read_text().splitlines()) == 1
+        if (stage, step) != ("fr", 1):                      # before the last step of two
+            assert model.load_model(out, stage)[1]["step"] == step
+            assert len((out / "log.txt").read_text().splitlines()) == 1
         save_state(out, step, modules)
     for script in (fr_train, dit_train):
         monkeypatch.setattr(script, "save_state", spy)
@@ -1911,6 +2053,19 @@ def test_real_people_are_filled_up_to_a_number_of_images(studio):
     save_set(studio / "few", random_images(4, 32), 2, torch.rand(4, 5, 2))              # of persons 0 and 1
     here("sample.py", *FEW, "--real-to", 3, "--real", "few", "--out", "more", cwd=studio)
     assert pictures_of(contents(studio / "more")) == ["person 0/0000.jpg", "person 1/0000.jpg"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_stopped_set_continues_to_the_same_bytes(studio, monkeypatch, batch):
+    """After the batch that is running, which is written."""
+    here("sample.py", *FEW, "--out", "whole", cwd=studio)
+    with monkeypatch.context() as patch:
+        interrupting(patch, sample, "judge", batch, signal.SIGINT)
+        here("sample.py", *FEW, cwd=studio, code=130)
+    before = contents(studio / "runs/virtual")
+    assert len(pictures_of(before)) == (4, 6)[batch - 1] and "manifest.csv" not in before
+    here("sample.py", *FEW, cwd=studio)
+    assert contents(studio / "runs/virtual") == contents(studio / "whole")
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
@@ -2567,6 +2722,19 @@ def test_a_scan_shows_every_image_in_order(tmp_path):
     assert torch.equal(images[:, 0, 0, 0].long(), order)
 
 
+def test_workers_outlive_a_signal_to_all_processes(tmp_path):
+    """So that the training step which is running gets its images; a second signal ends them."""
+    faces = numbered_set(tmp_path / "faces", 101)
+    faces.items = None                                      # as if memory did not suffice
+    order = [np.array([i]) for i in range(90)]
+    seen = faces.loader(order)
+    begun = [next(seen)[1].item() for _ in range(16)]       # all workers have begun
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert workers and begun + [i.item() for _, i in seen] == [*range(90)]
+
+
 def test_a_crop_of_another_size_is_one_clear_line_from_a_worker_too(tmp_path, capsys):
     faces = numbered_set(tmp_path / "faces", 101)
     Image.new("RGB", (9, 8)).save(tmp_path / "faces/person 0/1.png")
@@ -3139,11 +3307,12 @@ def test_real_people_are_filled_up(pipeline, tmp_path):
 
 
 def test_killed_training_continues_to_the_same_bytes(pipeline, tmp_path):
-    """SIGKILL between the second model and its state, then the same command: as if never killed."""
+    """SIGKILL between the last model and its state, then the same command: as if never killed."""
     commands = {"fr": ["fr_train.py", *FR], "dit": ["dit_train.py", *DIT]}
     kills = []
     for stage, (name, *arguments) in commands.items():
-        kills.append([name, "save_state", 2, *arguments, "--out", tmp_path / stage])
+        last = {"fr": 3, "dit": 2}[stage]                   # stage 1 saves before its last step, too
+        kills.append([name, "save_state", last, *arguments, "--out", tmp_path / stage])
     killed(*kills, cwd=pipeline[0])
     for stage, command in commands.items():
         assert "continuing" in here(*command, "--out", tmp_path / stage, cwd=pipeline[0])
