@@ -55,8 +55,8 @@ def positive(text):
 def system_failed(error):
     """Whether the system caused an error, and not a file: no memory, a disk that fails, no permission."""
     if isinstance(error, RuntimeError):                     # PyTorch's; only the text tells its kind
-        kinds = ("memory", "alloc", "DataLoader worker", "new thread", "Connection closed")
-        return any(kind in str(error) for kind in kinds)
+        kinds = ("out of memory", "alloc", "dataloader worker", "new thread", "connection closed")
+        return any(kind in str(error).lower() for kind in kinds)
     number = getattr(error, "errno", None)                  # only errors of the system have one
     of_the_file = (errno.ENOENT, errno.EINVAL)              # it is not there, or damaged
     return number is not None and number not in of_the_file
@@ -635,7 +635,7 @@ def run(main, less="or begin anew with a smaller --batch and another --out"):
             raise                                           # a mistake in the code
         lines = f"{type(error).__name__}: {error}".splitlines()
         reason = lines[-1 if "Traceback" in str(error) else 0][:300]    # a worker's comes last
-        if any(word in reason.lower() for word in ("memory", "alloc", "killed")):
+        if any(word in reason.lower() for word in ("memory", "alloc", "worker")):
             reason = f"the memory does not suffice ({reason}); {less}; or free some"
         fail(f"{reason}; put it right and give the same command again, which continues from what is saved")
 

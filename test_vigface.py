@@ -2743,6 +2743,73 @@ def test_a_crop_of_another_size_is_one_clear_line_from_a_worker_too(tmp_path, ca
     assert said.startswith(f"error: {tmp_path}/faces/person 0/1.png: 9 x 8 pixels, expected 8 x 8")
 
 
+def raises(error):
+    """A script that fails so."""
+    def main():
+        raise error
+    return main
+
+
+WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\nOSError: [Errno 5] a.png"
+NO_MEMORY = "the memory does not suffice"
+
+
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), NO_MEMORY),
+    (RuntimeError("CUDA error: out of memory\nCompile with"), NO_MEMORY),
+    (RuntimeError("std::bad_alloc"), NO_MEMORY),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), NO_MEMORY),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), NO_MEMORY),
+    (MemoryError(), NO_MEMORY),
+    (OSError(12, "Cannot allocate memory"), NO_MEMORY),
+    (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), NO_MEMORY),
+    (RuntimeError("[pair.cc:547] Connection closed by peer"), "closed by peer; put it right"),
+    (RuntimeError("can't start new thread"), "error: RuntimeError: can't start new thread; put it right"),
+    (BlockingIOError(11, "Resource temporarily unavailable"), "temporarily unavailable; put it right"),
+    (OSError(19, "No such device", "train.rec"), "No such device: 'train.rec'; put it right"),
+    (OSError(WORKER), "error: OSError: [Errno 5] a.png; put it right"),
+    (OSError(), "error: OSError: ; put it right")])
+def test_what_the_system_refuses_is_one_line_that_says_how_to_continue(capsys, error, said):
+    line = stops(capsys, model.run, raises(error), "or do less")
+    assert said in line and ("or do less" in line) == (said == NO_MEMORY)
+    assert "same command again, which continues" in line and "Traceback" not in line and "\n" not in line
+
+
+def test_memory_that_a_cpu_lacks_is_told_apart_from_a_mistake(capsys):
+    assert NO_MEMORY in stops(capsys, model.run, lambda: torch.empty(10 ** 15))
+    assert NO_MEMORY in stops(capsys, model.run, lambda: np.empty(10 ** 15))
+    with pytest.raises(RuntimeError, match="size"):
+        model.run(lambda: torch.ones(2) + torch.ones(3))
+    with pytest.raises(ValueError):
+        model.run(raises(ValueError("a mistake")))
+
+
+def test_scripts_run_where_streams_are_a_notebook_s():
+    printed = io.StringIO()                                 # like those, it lacks `reconfigure`
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        model.run(lambda: print("done"))
+    assert printed.getvalue() == "done\n"
+
+
+def test_workers_that_fail_or_are_killed_are_one_line(tmp_path, monkeypatch, capsys):
+    faces = numbered_set(tmp_path / "faces", 101)
+    faces.items = None                                      # as if memory did not suffice
+    order = [np.array([i]) for i in range(90)]
+
+    def kill():
+        for _ in faces.loader(order):
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+    assert NO_MEMORY in stops(capsys, model.run, kill)
+
+    def fails(path, _):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(data, "open_stored", fails)
+    line = stops(capsys, model.run, lambda: [*faces.loader(order)])
+    assert line.startswith("error: PermissionError: [Errno 13] Permission denied: '")
+    assert "person" in line and len(line) < 400
+
+
 def test_a_folder_that_may_not_be_read_is_not_passed_by(tmp_path, monkeypatch):
     def refuses(path):
         raise PermissionError(13, "Permission denied", path)
