@@ -635,7 +635,7 @@ def run(main, less="or begin anew with a smaller --batch and another --out"):
             raise                                           # a mistake in the code
         lines = f"{type(error).__name__}: {error}".splitlines()
         reason = lines[-1 if "Traceback" in str(error) else 0][:300]    # a worker's comes last
-        if any(word in reason.lower() for word in ("memory", "alloc", "worker")):
+        if not isinstance(error, OSError) and "thread" not in reason and "closed" not in reason:
             reason = f"the memory does not suffice ({reason}); {less}; or free some"
         fail(f"{reason}; put it right and give the same command again, which continues from what is saved")
 

@@ -2761,7 +2761,7 @@ NO_MEMORY = "the memory does not suffice"
     (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), NO_MEMORY),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), NO_MEMORY),
     (MemoryError(), NO_MEMORY),
-    (OSError(12, "Cannot allocate memory"), NO_MEMORY),
+    (OSError(12, "Cannot allocate memory"), "Cannot allocate memory; put it right"),
     (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), NO_MEMORY),
     (RuntimeError("[pair.cc:547] Connection closed by peer"), "closed by peer; put it right"),
     (RuntimeError("can't start new thread"), "error: RuntimeError: can't start new thread; put it right"),
