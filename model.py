@@ -374,11 +374,12 @@ def around(w, noise, sigma2, paper=False):
     return F.normalize(w + sigma2.sqrt() * noise)
 
 
-def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0):
+def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0, at_once=2 ** 25):
     """Three losses: of real embeddings f (B, D), of b_virtual virtual embeddings, and of `certainty`.
 
     For real embeddings, virtual prototypes are wrong classes. Virtual embeddings (`around`) train the virtual
-    prototypes only. `ramp`, from 0 to 1, scales the margin.
+    prototypes only. `ramp`, from 0 to 1, scales the margin. `at_once` bounds the memory: the number of cosines
+    of virtual embeddings.
 
     paper: whether f and w are normalised is unstated; here they are, because the margin acts on the sphere.
     paper: one mean over both batches; here both sums are divided by the number of real embeddings, because
@@ -413,7 +414,7 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
         part_loss = lambda f, labels: margin_loss(f @ fixed, labels, 0.0)
         # In parts, whose cosines are computed once more in the backward pass. Together those of 120,000 virtual
         # people would take 20 GB.
-        rows = 2 ** 25 // (n + k) + 1
+        rows = at_once // (n + k) + 1
         parts = zip(virtual_f.split(rows), chosen.split(rows))
         virtual_loss = sum(checkpoint(part_loss, *part, use_reentrant=False) for part in parts)
     return real_loss, virtual_loss, certain_loss
@@ -718,10 +719,9 @@ def claim(out, settings):
             if before.get(key) != value:
                 fail(f"{path}: started with {key} = {before.get(key)}, now {value}; set it back, or name "
                      "another --out")
-        return
-    if path.parent.is_dir() and any(not entry.name.startswith("run.json") for entry in path.parent.iterdir()):
+    elif path.parent.is_dir() and any(not entry.name.startswith("run.json") for entry in path.parent.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
-    with replacing(path) as temporary:
+    with replacing(path) as temporary:                      # again: whether --out can be written
         temporary.write_text(json.dumps(settings, indent=1))
 
 

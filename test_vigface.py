@@ -8,6 +8,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before PyTorch looks f
 os.environ["OMP_NUM_THREADS"] = "1"                     # networks are so small that threads would only wait
 
 import contextlib
+import copy
 import csv
 import hashlib
 import importlib
@@ -605,6 +606,22 @@ def test_vigface_s_losses_and_their_gradients(monkeypatch, head, ramp, paper):
 
         cosines = direction @ W[:n].T                       # the quality head looks at real people alone
         assert same(found[2], model.certainty_loss(f, cosines, labels, prototypes))
+
+
+@pytest.mark.parametrize("head", model.MARGINS)
+def test_the_virtual_loss_in_parts_is_the_loss_and_keeps_no_cosines(head):
+    fresh = randomise(Prototypes(50, 30, 8))
+    f, labels = torch.randn(9, 8), torch.arange(9)
+    found = []
+    for at_once in (10 ** 6, 7 * 80):                       # all at once; seven rows of cosines, and one more
+        torch.manual_seed(1)
+        prototypes, kept = copy.deepcopy(fresh), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            losses = model.vigface_loss(f, labels, prototypes, 40, head, at_once=at_once)
+        losses[1].backward()
+        found.append((losses[1].detach(), prototypes.virtual.grad.clone()))
+        assert max(kept) <= 9 * 80                          # of real embeddings, not 40 * 80
+    assert all(map(same, *found)) and found[0][1].any()
 
 
 def test_without_virtual_people_there_is_no_virtual_loss():
@@ -1396,38 +1413,33 @@ def interrupting(monkeypatch, module, function, count, number=signal.SIGTERM):
     monkeypatch.setattr(module, function, spy)
 
 
-@pytest.mark.parametrize("step", [1, 7, 12])
-def test_a_stopped_stage_1_continues_to_the_same_bytes(tmp_path, monkeypatch, step):
+def test_a_stopped_stage_1_continues_to_the_same_bytes(tmp_path, monkeypatch):
     """After the step that is running, be it the last one, which settles the virtual prototypes."""
     save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
     recipe = dict(epochs=6, batch=4, scale=6.0, net=dict(dim=8) | TINY)
     monkeypatch.setitem(model.RECOGNISERS, "tiny", recipe)
-    command = ["fr_train.py", "--data", "faces", "--epochs", 6, "--out"]
-    here(*command, "whole", cwd=tmp_path)
-    with monkeypatch.context() as patch:
-        interrupting(patch, fr_train, "vigface_loss", step)
-        assert "the same command continues" in here(*command, "out", cwd=tmp_path, code=143)
-    assert torch.load(tmp_path / "out/state.pt")["step"] == step
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    here(*command, "out", cwd=tmp_path)
-    for file in ("model.safetensors", "log.txt"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    command = ["fr_train.py", "--data", "faces", "--epochs", 6, "--seed", 10 ** 20, "--out"]
 
-
-def test_a_run_that_fails_while_prototypes_settle_ends_when_given_again(tmp_path, monkeypatch):
-    save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
-    recipe = dict(epochs=6, batch=4, scale=6.0, net=dict(dim=8) | TINY)
-    monkeypatch.setitem(model.RECOGNISERS, "tiny", recipe)
-    command = ["fr_train.py", "--data", "faces", "--epochs", 6, "--out"]
-    here(*command, "whole", cwd=tmp_path)
+    def ended(name):
+        """Gives the command once more; what it left."""
+        here(*command, name, cwd=tmp_path)
+        return [(tmp_path / name / file).read_bytes() for file in ("model.safetensors", "log.txt")]
+    whole = ended("whole")
+    for step in (7, 12):
+        with monkeypatch.context() as patch:
+            interrupting(patch, fr_train, "vigface_loss", step)
+            assert "same command continues" in here(*command, step, cwd=tmp_path, code=143)
+        assert torch.load(tmp_path / f"{step}/state.pt")["step"] == step
+        assert ended(f"{step}") == whole
 
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(fr_train, "person_moment", fails)
-        here(*command, "out", cwd=tmp_path)
-    assert "after step 11" in here(*command, "out", cwd=tmp_path)
-    assert model.digest(tmp_path / "out") == model.digest(tmp_path / "whole")
+        ended("failed")
+    assert torch.load(tmp_path / "failed/state.pt")["step"] == 11       # all but the last step is saved
+    assert ended("failed") == whole
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_second_signal_ends_a_run_at_once():
@@ -1517,7 +1529,7 @@ def test_stage_2_fills_in_what_was_left_out(faces, flags, arch, steps, batch, lr
     assert args.arch == arch and args.steps == steps and args.batch == batch and args.lr == lr
 
 
-def test_a_folder_belongs_to_one_run(tmp_path, capsys):
+def test_a_folder_belongs_to_one_run(tmp_path, capsys, monkeypatch):
     settings, used = dict(steps=3, val=None), tmp_path / "used"
     for name in ("used", "used", "empty", "begun"):         # anew, once more, empty, killed at the start
         if name in ("empty", "begun"):
@@ -1531,6 +1543,12 @@ def test_a_folder_belongs_to_one_run(tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").touch()
     assert "something else" in stops(capsys, model.claim, tmp_path / "other", settings)
+
+    def fails(path):
+        raise OSError("a disk that is for reading only")
+    monkeypatch.setattr(model, "replacing", fails)
+    with pytest.raises(OSError, match="reading only"):      # said before a run continues
+        model.claim(used, settings)
 
 
 def test_a_killed_run_gets_back_its_step_its_modules_and_its_log(tmp_path, capsys):
@@ -3352,6 +3370,18 @@ def test_shared_sampling_gives_the_same_bytes(pipeline, rejecting, tmp_path, mon
     assert "manifest.csv" not in first and 0 < len(pictures_of(first)) < len(pictures_of(both))
     assert both == whole and len(sizes) == 1
     assert sampled(pipeline, tmp_path / "7", "--batch", 7, line=line) == whole
+
+
+def test_the_readme_s_command_for_several_gpus(copied):
+    text = (HERE / "README.md").read_text()
+    options, = re.findall("`torchrun --nproc-per-node 8 (.*)sample.py --virtual 10000 --per-id 50`", text)
+    one = contents(copied / "runs/virtual")
+    shutil.rmtree(copied / "runs/virtual")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options.split()]
+    command = [*torchrun, HERE / "sample.py", *SAMPLE]
+    done = subprocess.run(command, cwd=copied, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(copied / "runs/virtual") == one
 
 
 def test_the_lines_in_the_readme_compare_two_faces(copied, monkeypatch, capsys):
