@@ -57,9 +57,8 @@ def system_failed(error):
     if isinstance(error, RuntimeError):                     # PyTorch's; only the text tells its kind
         kinds = ("out of memory", "alloc", "dataloader worker", "new thread", "connection closed")
         return any(kind in str(error).lower() for kind in kinds)
-    number = getattr(error, "errno", None)                  # only errors of the system have one
-    of_the_file = (errno.ENOENT, errno.EINVAL)              # it is not there, or damaged
-    return number is not None and number not in of_the_file
+    # Pillow's have no number; ENOENT is a file that is not there, EINVAL one that is damaged.
+    return isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -96,14 +95,13 @@ def autocast():
 
 def compiled(module, seen):
     """torch.compile's version of a module, if the module will see 200,000 images or more."""
-    if seen < 200_000:                                      # compiling takes a minute or two
-        return module
-    try:
-        torch.compile(torch.sin)(torch.ones(8, device=DEVICE))          # fails here, not in mid-training
-        return torch.compile(module)
-    except Exception as error:
-        print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
-        return module
+    if seen >= 200_000:                                     # compiling takes a minute or two
+        try:
+            torch.compile(torch.sin)(torch.ones(8, device=DEVICE))      # fails here, not in mid-training
+            return torch.compile(module)
+        except Exception as error:
+            print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
+    return module
 
 
 # -------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings
@@ -635,7 +633,7 @@ def run(main, less="or begin anew with a smaller --batch and another --out"):
         if isinstance(error, RuntimeError) and not system_failed(error):
             raise                                           # a mistake in the code
         lines = f"{type(error).__name__}: {error}".splitlines()
-        reason = lines[-1 if "Traceback" in str(error) else 0][:300]    # a worker's comes last
+        reason = lines[-1 if "Traceback" in str(error) else 0]          # a worker's comes last
         if not isinstance(error, OSError) and "thread" not in reason and "closed" not in reason:
             reason = f"the memory does not suffice ({reason}); {less}; or free some"
         fail(f"{reason}; put it right and give the same command again, which continues from what is saved")
