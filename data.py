@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import os
-import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -204,7 +203,7 @@ class Faces(Dataset):
         workers = 0 if self.items is not None or len(self) <= 100 else processors()
         pin = DEVICE.type == "cuda"                 # does nothing to arrays, but its thread reads ahead
         loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers,
-                            collate_fn=stacked, pin_memory=pin, worker_init_fn=outlive)
+                            collate_fn=stacked, pin_memory=pin, worker_init_fn=apart)
         try:
             for images, indices in loader:
                 images = torch.from_numpy(images)
@@ -242,9 +241,10 @@ def stacked(items):
     return [np.stack(part) for part in zip(*items)]
 
 
-def outlive(_):
-    """Lets a worker pass by one SIGTERM, so that the step which is running gets its images (Slurm's, say)."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+def apart(_):
+    """Takes a worker out of the group of processes that Ctrl-C ends: the running step needs its images."""
+    if hasattr(os, "setpgid"):                                      # not on Windows
+        os.setpgid(0, 0)
 
 
 def batches(faces, batch, seed, first, last):
