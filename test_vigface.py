@@ -3222,7 +3222,7 @@ def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pi
     strangers = evaluate.resemblance(naive, naive, naive.labels)
     expected, _ = evaluate.thresholds_of(naive, strangers)
     assert thresholds == {"centre": expected["centre"], "image": expected["image"]}
-    prototypes.settle(model.person_moment(naive.f, naive.labels))
+    prototypes.settle(moment_of_people(naive.f, naive.labels))
     assert same(W, prototypes.to_draw(), 1e-4)              # stage 1 did so before its last save
 
     chosen = [0, 5, 9]
