@@ -7,10 +7,13 @@ as just such a folder. Photographs become aligned crops by tools/align.py.
 """
 import contextlib
 import csv
+import ctypes
 import io
 import itertools
 import json
 import os
+import signal
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -242,9 +245,10 @@ def stacked(items):
 
 
 def apart(_):
-    """Takes a worker out of the group of processes that Ctrl-C ends: the running step needs its images."""
-    if hasattr(os, "setpgid"):                                      # not on Windows
+    """Lets a worker end with the training loop, not by a signal to all: the running step needs its images."""
+    if sys.platform == "linux":
         os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                  # PR_SET_PDEATHSIG
 
 
 def batches(faces, batch, seed, first, last):

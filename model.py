@@ -753,9 +753,9 @@ def until_stopped(items, save, title=None, first=0, steps=None):
     asked = torch.zeros((), dtype=torch.int)
 
     def stop(number, _):
+        if asked:
+            raise SystemExit(128 + number)
         asked.fill_(number)
-        for kind in before:
-            signal.signal(kind, signal.SIG_DFL)
 
     before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
     progress = tqdm(items, title, steps, leave=False, initial=first, disable=RANK > 0 or not title)
