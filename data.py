@@ -7,10 +7,14 @@ as just such a folder. Photographs become aligned crops by tools/align.py.
 """
 import contextlib
 import csv
+import ctypes
 import hashlib
+import io
 import itertools
 import json
 import os
+import signal
+import sys
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import DEVICE, fail, reading, replacing, system_failed, to_float, why
+from model import DEVICE, RANK, WORLD, fail, reading, replacing, system_failed, to_float, why
 
 # ---------------------------------------------------------------------------------------------------- images
 
@@ -239,7 +243,7 @@ class Faces(Dataset):
         workers = 0 if self.items is not None or len(self) <= 100 else processors()
         pin = DEVICE.type == "cuda"                 # does nothing to arrays, but its thread reads ahead
         loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers,
-                            collate_fn=stacked, pin_memory=pin)
+                            collate_fn=stacked, pin_memory=pin, worker_init_fn=apart)
         try:
             for images, indices in loader:
                 images = torch.from_numpy(images)
@@ -280,18 +284,25 @@ def stacked(items):
     return [np.stack(part) for part in zip(*items)]
 
 
+def apart(_):
+    """Lets a worker end with the training loop, not by a signal to all: the running step needs its images."""
+    if sys.platform == "linux":
+        os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                  # PR_SET_PDEATHSIG
+
+
 def batches(faces, batch, seed, first, last, landmarks=True):
     """Yields images in [-1, 1], labels and landmarks, if asked for, on DEVICE, of steps first to last - 1.
 
     Seed and step alone decide what a batch holds, so a resumed run sees what it would have seen. Images that
-    do not fill a whole batch are left out of an epoch.
+    do not fill a whole batch are left out of an epoch. Each of several ranks gets its part of a batch.
     """
     per_epoch = len(faces) // batch
 
     def order():
         for epoch in itertools.count(first // per_epoch):
             shuffled = np.random.default_rng([abs(seed), epoch]).permutation(len(faces))
-            yield from shuffled[:per_epoch * batch].reshape(per_epoch, batch)
+            yield from shuffled[:per_epoch * batch].reshape(per_epoch, batch)[:, RANK::WORLD]
 
     columns = [faces.labels, faces.landmarks] if landmarks else [faces.labels]
     before = first % per_epoch                                      # steps of this epoch that are done

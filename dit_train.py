@@ -12,13 +12,13 @@ import math
 from pathlib import Path
 
 import torch
+from torch import nn
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from data import Faces, batches, rows_of
-from model import (DEVICE, DIT_RECIPES, DIT_SIZES, DiT, autocast, claim, compiled, dit_loss, dpm_solver,
-                   embed, fail, guided, load_recogniser, log, positive, replacing, resume, run, save_model,
-                   save_state, stop_unless_finite, to_uint8)
+from model import (DEVICE, DIT_RECIPES, DIT_SIZES, RANK, WORLD, DiT, autocast, claim, compiled, dit_loss,
+                   dpm_solver, embed, fail, guided, load_recogniser, log, over_ranks, positive, replacing,
+                   resume, run, save_model, save_state, shared, stop_unless_finite, to_uint8, until_stopped)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -67,6 +67,9 @@ def fill_in(args, faces):
     args.steps = args.steps or recipe["steps"]
     args.lr = args.lr or recipe["lr"]
     args.batch = min(args.batch or recipe["batch"], len(faces))
+    args.seed %= 2 ** 40                                    # PyTorch's end at 2 ** 64
+    if args.batch % WORLD:
+        fail(f"--batch {args.batch}: expected a multiple of {WORLD}, the number of ranks that share it")
 
 
 def main():
@@ -85,7 +88,7 @@ def main():
     fill_in(args, faces)
     # What must not change when a run continues; --out and --weights may.
     incomplete = faces.landmarks.isnan().any()
-    claim(out, "dit", args, faces, fr=fr["sha256"], weights=None)
+    claim(out, "dit", args, faces, fr=fr["sha256"], ranks=WORLD, weights=None)
     if incomplete:
         from tools.retinaface import complete_landmarks
         complete_landmarks(faces, out, args.weights)
@@ -97,17 +100,18 @@ def main():
     dit = DiT(faces.size, fr["config"]["dim"], int(patch), **DIT_SIZES[name]).to(DEVICE)
     average = copy.deepcopy(dit).requires_grad_(False)
     decay = min(0.9999, steps / (steps + 20))               # the average spans a twentieth of short runs
-    fast, fast_backbone = compiled(dit, seen), compiled(backbone, seen)
+    fast, fast_backbone = shared(compiled(dit, seen)), compiled(backbone, seen)
     optimizer = torch.optim.AdamW(dit.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    modules = {"dit": dit, "average": average, "optimizer": optimizer}
+    losses = torch.zeros(2, device=DEVICE)                  # the sum since the last line that was printed
+    modules = {"dit": dit, "average": average, "optimizer": optimizer, "losses": nn.ParameterList([losses])}
+    save = lambda done: save_state(out, done, modules)
     first = resume(out, modules)
 
     every = min(5000, math.ceil(steps / 6))                 # steps between previews and saves
-    losses = torch.zeros(2, device=DEVICE)
     order = batches(faces, args.batch, args.seed, first, steps)
-    progress = tqdm(order, out.name, steps, leave=False, initial=first)
-    for step, (x, labels, landmarks) in enumerate(progress, first):
-        torch.manual_seed(args.seed * 1_000_003 + step)     # a resumed run draws the same numbers
+    for step, (x, labels, landmarks) in until_stopped(order, save, out.name, first, steps):
+        # A resumed run draws the same numbers, each rank others.
+        torch.manual_seed(args.seed * 1_000_003 + step + RANK * 10 ** 9)
         # The learning rate rises for 2 % of the steps, then falls linearly.
         slope = min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
         optimizer.param_groups[0]["lr"] = args.lr * slope
@@ -123,22 +127,24 @@ def main():
             for slow, new in zip(average.parameters(), dit.parameters()):
                 slow.lerp_(new, 1 - decay)
 
-        losses += torch.stack([mse, identity]).detach()     # .item() would wait for the GPU
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{mse.item():.4f}")
+        # Their mean over ranks; .item() would wait for the GPU.
+        losses += over_ranks(torch.stack([mse, identity]).detach()) / WORLD
         if (step + 1) % every == 0 or step + 1 == steps:
             mse, identity = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             losses.zero_()
+            if RANK:
+                continue                                    # rank 0 alone saves and prints
             path = out / f"preview-{step + 1:06d}.jpg"
             cosines = preview(path, average, backbone, shown, faces.landmarks, args.seed)
             line = f"step {step + 1:6d}/{steps}  loss v {mse:.4f} identity {identity:.4f}  own cosine"
             for kind, own in (("real", cosines[:min(4, n)]), ("virtual", cosines[min(4, n):])):
                 line += f" {kind} {own.mean():.3f}" if len(own) else ""
             log(out, line)
-            save_state(out, step + 1, modules)
+            save(step + 1)                                  # last: never newer than the log
 
-    parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
-    save_model(out, "dit", average.config, parts, fr_sha256=fr["sha256"])
+    if RANK == 0:
+        parts = {"dit": average.state_dict(), "poses": {"landmarks": faces.landmarks}}
+        save_model(out, "dit", average.config, parts, fr_sha256=fr["sha256"], data=faces.digest())
 
 
 if __name__ == "__main__":

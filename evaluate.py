@@ -471,4 +471,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "name one set at a time with --datasets")

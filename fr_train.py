@@ -13,13 +13,12 @@ import os
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import Faces, batches, demo, find_benchmarks, read_benchmark
-from evaluate import embed_faces, pair_distances, verification
-from model import (DEVICE, MARGINS, RECOGNISERS, Prototypes, Recogniser, autocast, claim, compiled, fail, log,
-                   person_moment, positive, resume, run, save_model, save_state, stop_unless_finite,
-                   vigface_loss, virtual_batch_size)
+from evaluate import pair_distances, verification
+from model import (DEVICE, MARGINS, RANK, RECOGNISERS, WORLD, Prototypes, Recogniser, autocast, claim,
+                   compiled, fail, log, person_moment, positive, resume, run, save_model, save_state,
+                   stop_unless_finite, until_stopped, vigface_loss, virtual_batch_size)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -82,10 +81,14 @@ def fill_in(args, faces):
         fail("expected 2 or more people, --batch of 2 or more, --virtual of 0 or more; found "
              f"{n}, {args.batch}, {args.virtual}")
     args.epochs = args.epochs or max(recipe["epochs"], math.ceil(1250 / (len(faces) // args.batch)))
+    args.seed %= 2 ** 40                                    # PyTorch's end at 2 ** 64
 
 
 def main():
     args = parser.parse_args()
+    if WORLD > 1:
+        RANK or fail("fr_train.py uses one GPU: start it without torchrun")
+        return
     args.data = args.data or [demo()]
     out = Path(args.out)
 
@@ -103,7 +106,10 @@ def main():
     prototypes = Prototypes(n, k, backbone.config["dim"], args.paper).to(DEVICE)
     fast = compiled(backbone, steps * batch)
     optimizer = make_optimizer([*backbone.parameters(), *prototypes.parameters()])
-    modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer}
+    losses = torch.zeros(3, device=DEVICE)                  # the sum since the last line that was printed
+    modules = {"backbone": backbone, "prototypes": prototypes, "optimizer": optimizer,
+               "losses": torch.nn.ParameterList([losses])}
+    save = lambda done: save_state(out, done, modules)
     # What must not change when a run continues; --out and --val may.
     claim(out, "fr", args, faces, val=None)
     first = resume(out, modules)
@@ -111,10 +117,8 @@ def main():
 
     # Whole epochs, at least a tenth of the run and 100 steps, between tests and saves.
     every = per_epoch * math.ceil(max(1000, steps) / (10 * per_epoch))
-    losses = torch.zeros(3, device=DEVICE)
     order = batches(faces, batch, args.seed, first, steps, landmarks=False)
-    progress = tqdm(order, out.name, steps, leave=False, initial=first)
-    for step, (x, labels) in enumerate(progress, first):
+    for step, (x, labels) in until_stopped(order, save, out.name, first, steps):
         torch.manual_seed(args.seed * 1_000_003 + step)                 # a resumed run draws the same numbers
         lr = learning_rate(step, steps, per_epoch, args.lr * batch / 512)
         for group in optimizer.param_groups:
@@ -132,8 +136,6 @@ def main():
         optimizer.zero_grad()
 
         losses += torch.stack(parts).detach()                           # .item() would wait for the GPU
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{parts[0].item():.3f}")
         if (step + 1) % every == 0 or step + 1 == steps:
             means = stop_unless_finite(losses / (step % every + 1), step + 1, out)
             losses.zero_()
@@ -143,13 +145,12 @@ def main():
             for name, (images, same) in benchmarks.items():
                 line += f"  {name} {verification(pair_distances(backbone, images), same)['accuracy']:.2%}"
             log(out, line)
-            save_state(out, step + 1, modules)
+            save(step + 1)                                  # last: never newer than the log
             backbone.train()
 
     backbone.eval()
     if k and not args.paper:
-        real = embed_faces(backbone, prototypes, faces)                 # takes a pass over the images
-        prototypes.settle(person_moment(real.f.float(), real.labels))
+        prototypes.settle(person_moment(backbone, faces))               # takes a pass over the images
     weights = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
     save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, names=[*faces.people],
                data=[*map(os.path.abspath, faces.roots)], val=[*map(os.path.abspath, val.values())])

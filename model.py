@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
-RANK = int(os.environ.get("RANK") or 0)                     # set by torchrun, as is LOCAL_RANK
+# torchrun starts WORLD processes, each with a RANK, and a LOCAL_RANK on its machine.
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 PROCESS = os.urandom(4).hex()                               # a name of its own, on any machine
 GPU = int(os.environ.get("LOCAL_RANK") or 0) % max(1, torch.cuda.device_count())    # ranks may share one
 DEVICE = torch.device(f"cuda:{GPU}" if torch.cuda.is_available() else "cpu")
@@ -52,11 +55,11 @@ def positive(text):
 
 def system_failed(error):
     """Whether the system caused an error, and not a file: no memory, a disk that fails, no permission."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    number = getattr(error, "errno", None)                  # only errors of the system have one
-    of_the_file = (errno.ENOENT, errno.EINVAL)              # it is not there, or damaged
-    return number is not None and number not in of_the_file
+    if isinstance(error, RuntimeError):                     # PyTorch's; only the text tells its kind
+        kinds = ("out of memory", "alloc", "dataloader worker", "new thread", "connection closed")
+        return any(kind in str(error).lower() for kind in kinds)
+    # Pillow's have no number; ENOENT is a file that is not there, EINVAL one that is damaged.
+    return isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)
 
 
 def why(path, error):
@@ -113,14 +116,13 @@ def autocast():
 
 def compiled(module, seen):
     """torch.compile's version of a module, if the module will see 200,000 images or more."""
-    if seen < 200_000:                                      # compiling takes a minute or two
-        return module
-    try:
-        torch.compile(torch.sin)(torch.ones(8, device=DEVICE))          # fails here, not in mid-training
-        return torch.compile(module)
-    except Exception as error:
-        print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
-        return module
+    if seen >= 200_000:                                     # compiling takes a minute or two
+        try:
+            torch.compile(torch.sin)(torch.ones(8, device=DEVICE))      # fails here, not in mid-training
+            return torch.compile(module)
+        except Exception as error:
+            print(f"torch.compile does not work here ({type(error).__name__}): running without it, slower")
+    return module
 
 
 # -------------------------------------------------------------- the recogniser: IR-SE50, images -> embeddings
@@ -297,18 +299,24 @@ def class_sums(f, labels):
     return sums, count
 
 
-def person_moment(f, labels):
+def person_moment(backbone, faces):
     """How people differ: the second moment (D, D), scaled to trace 1, of what a person's images share.
 
-    It is the mean of f_i f_j^T over pairs i != j of a person's images (M, D), which share the person only.
-    The sum over these pairs is that over all pairs, s s^T with s the sum of f_i, less that of f_i f_i^T.
+    It is the mean of f_i f_j^T over pairs i != j of a person's images, which share the person only. The sum
+    over these pairs is that over all pairs, s s^T with s the sum of f_i, less that of f_i f_i^T. A pass over
+    `faces` adds these up; nothing is kept of an image.
     """
-    sums, count = class_sums(f, labels)
+    labels, dim = faces.labels.to(DEVICE), backbone.config["dim"]
+    count = torch.bincount(labels)
     weight = (count > 1) / (count * (count - 1)).clamp(min=1)           # one image is no pair
-    all_pairs = (sums * weight[:, None]).mT @ sums
-    with_itself = (f * weight[labels][:, None]).mT @ f
-    # If everybody has one image, only the last term is not zero.
-    moment = all_pairs - with_itself + 1e-3 * f.mT @ f / len(f)
+    sums = torch.zeros(len(count), dim, device=DEVICE)
+    rest = torch.zeros(dim, dim, device=DEVICE)
+    for images, i in faces.scan(torch.arange(len(labels)), "embedding"):
+        f, label = embed(backbone, images), labels[i.to(DEVICE)]
+        sums.index_add_(0, label, f)
+        # 1e-3 decides if everybody has one image: the weights are zero then.
+        rest += (f * (1e-3 / len(labels) - weight[label])[:, None]).mT @ f
+    moment = (sums * weight[:, None]).mT @ sums + rest
     return moment / moment.trace()
 
 
@@ -385,11 +393,12 @@ def around(w, noise, sigma2, paper=False):
     return F.normalize(w + sigma2.sqrt() * noise)
 
 
-def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0):
+def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, scale=64.0, at_once=2 ** 25):
     """Three losses: of real embeddings f (B, D), of b_virtual virtual embeddings, and of `certainty`.
 
     For real embeddings, virtual prototypes are wrong classes. Virtual embeddings (`around`) train the virtual
-    prototypes only. `ramp`, from 0 to 1, scales the margin.
+    prototypes only. `ramp`, from 0 to 1, scales the margin. `at_once` bounds the memory: the number of cosines
+    of virtual embeddings.
 
     paper: whether f and w are normalised is unstated; here they are, because the margin acts on the sphere.
     paper: one mean over both batches; here both sums are divided by the number of real embeddings, because
@@ -418,9 +427,15 @@ def vigface_loss(f, labels, prototypes, b_virtual, head="arcface", ramp=1.0, sca
         # prototypes are detached: people who exist do not make way.
         chosen = n + torch.randint(max(1, k), (b_virtual,), device=f.device)    # b_virtual is 0 if k is
         virtual_f = around(W[chosen], torch.randn_like(W[chosen]), prototypes.sigma2, prototypes.paper)
-        cos = virtual_f @ torch.cat([W[:n].detach(), W[n:]]).mT                 # (b_virtual, n + k)
-        quality = torch.zeros_like(cos[:, :1])          # average: virtual embeddings have no norm to judge
-        virtual_loss = margin_loss(cos, chosen, quality)
+        fixed = torch.cat([W[:n].detach(), W[n:]]).mT                           # (D, n + k)
+
+        # Quality 0 is the average: there is no norm to judge.
+        part_loss = lambda f, labels: margin_loss(f @ fixed, labels, 0.0)
+        # In parts, whose cosines are computed once more in the backward pass. Together those of 120,000 virtual
+        # people would take 20 GB.
+        rows = at_once // (n + k) + 1
+        parts = zip(virtual_f.split(rows), chosen.split(rows))
+        virtual_loss = sum(checkpoint(part_loss, *part, use_reentrant=False) for part in parts)
     return real_loss, virtual_loss, certain_loss
 
 
@@ -619,23 +634,31 @@ def dpm_solver(denoise, x, steps):
 
 # ---------------------------------------------------------------------------------------------- save and load
 
-def run(main):
-    """Runs a script. Whatever stops it from outside becomes one line, and the same command continues it."""
+def run(main, less="or begin anew with a smaller --batch and another --out"):
+    """Runs a script. Whatever stops it from outside becomes one line, and the same command continues it.
+
+    `less` says how this script needs less memory.
+    """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")       # folder names may not be UTF-8
+        if hasattr(stream, "reconfigure"):                  # a notebook's have not
+            stream.reconfigure(errors="backslashreplace")   # folder names may not be UTF-8
     try:
         main()
     except KeyboardInterrupt:
         tqdm.write("interrupted; the same command continues from what is saved", sys.stderr)
         raise SystemExit(130)
-    except torch.OutOfMemoryError:
-        fail("the memory does not suffice: halve --batch, and change --out if the run has saved already")
     except ModuleNotFoundError as error:
         if not f"{error.name}.".startswith("tools."):
             raise
         fail(f"this input needs {error.name}, which is not here; copy the folder tools/ beside the scripts")
-    except OSError as error:
-        fail(f"{error}; put it right and give the same command again, which continues from what is saved")
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not system_failed(error):
+            raise                                           # a mistake in the code
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        reason = lines[-1 if "Traceback" in str(error) else 0]          # a worker's comes last
+        if not isinstance(error, OSError) and "thread" not in reason and "closed" not in reason:
+            reason = f"the memory does not suffice ({reason}); {less}; or free some"
+        fail(f"{reason}; put it right and give the same command again, which continues from what is saved")
 
 
 @contextlib.contextmanager
@@ -732,10 +755,9 @@ def claim(out, stage, args, faces, **others):
         if (path.parent / "model.safetensors").is_file():
             print(f"{out}: its training is finished; another one needs another --out")
             raise SystemExit(0)
-        return
-    if path.parent.is_dir() and any(not entry.name.startswith(".run") for entry in path.parent.iterdir()):
+    elif path.parent.is_dir() and any(not entry.name.startswith(".run") for entry in path.parent.iterdir()):
         fail(f"--out {out}: a folder of something else; name one that is empty or not there yet")
-    with replacing(path) as temporary:
+    with replacing(path) as temporary:                      # again: whether --out can be written
         temporary.write_text(json.dumps(settings, indent=1))
 
 
@@ -758,6 +780,49 @@ def resume(out, modules):
         step = int(state["step"])
     print(f"continuing {out} after step {step}")
     return step
+
+
+def until_stopped(items, save, title=None, first=0, steps=None):
+    """Yields steps, counted from `first`, and items, under a progress bar if there is a title.
+
+    Ctrl-C or SIGTERM ends the program after the step that is running, on all ranks, once rank 0 has called
+    save(number of steps done). A second signal ends it at once.
+    """
+    asked = torch.zeros((), dtype=torch.int)
+
+    def stop(number, _):
+        if asked:
+            raise SystemExit(128 + number)
+        asked.fill_(number)
+
+    before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    progress = tqdm(items, title, steps, leave=False, initial=first, disable=RANK > 0 or not title)
+    try:
+        for step, item in enumerate(progress, first):
+            yield step, item
+            if over_ranks(asked.clone()):
+                if RANK == 0:
+                    save(step + 1)
+                    tqdm.write("stopped; the same command continues", sys.stderr)
+                raise SystemExit(128 + (int(asked) or signal.SIGTERM))
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def shared(module):
+    """A module that several ranks train: each on its part of the batch, with the mean of their gradients."""
+    if WORLD == 1:
+        return module
+    distributed.init_process_group()
+    return nn.parallel.DistributedDataParallel(module)
+
+
+def over_ranks(x):
+    """The sum of a tensor over the ranks that train together."""
+    if distributed.is_initialized():
+        distributed.all_reduce(x)
+    return x
 
 
 def log(out, line):

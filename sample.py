@@ -39,7 +39,7 @@ from tqdm import tqdm
 from data import Faces, open_image, read_csv, rows_of, write_csv, write_landmarks
 from evaluate import centres_of, embed_faces, lines_of, nearest, strangers_to
 from model import (DEVICE, RANK, DiT, autocast, build, claim, compiled, digest, dpm_solver, embed, fail,
-                   guided, load_model, load_recogniser, positive, replacing, run, to_uint8)
+                   guided, load_model, load_recogniser, positive, replacing, run, to_uint8, until_stopped)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -300,12 +300,12 @@ def main():
     real = embed_real(backbone, prototypes, faces, rows, torch.tensor([*wanted.values()], device=DEVICE))
 
     # This rank's people, and how far each of their pictures is.
-    mine = np.array([*wanted][RANK::int(os.environ.get("WORLD_SIZE", 1))], np.int64)
+    mine = np.array([*wanted][RANK::int(os.environ.get("WORLD_SIZE") or 1)], np.int64)
     made = attempts_made(out, {names[row]: wanted[row] for row in mine})
     fast = compiled(dit, sum(wanted.values()) * args.steps)     # of the whole set: all ranks decide alike
     with tqdm(total=int((made < ATTEMPTS).sum()), desc=out.name) as progress, ThreadPoolExecutor(1) as writer:
         writing = writer.submit(bool)                           # an empty task for result() to wait for
-        for attempt, some in rounds(made, args.batch):
+        for _, (attempt, some) in until_stopped(rounds(made, args.batch), lambda _: writing.result()):
             lines, indices = np.unravel_index(some, made.shape)
             jobs = [make_job(args.seed, row, names, index, attempt, len(poses))
                     for row, index in zip(mine[lines].tolist(), indices.tolist())]
@@ -326,4 +326,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "a smaller --batch continues this set")

@@ -8,6 +8,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before PyTorch looks f
 os.environ["OMP_NUM_THREADS"] = "1"                     # networks are so small that threads would only wait
 
 import contextlib
+import copy
 import csv
 import hashlib
 import importlib
@@ -15,9 +16,11 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -404,6 +407,16 @@ def test_settled_prototypes_are_whitened_and_given_two_moments():
     assert torch.equal(prototypes.to_draw()[30:], before[30:])
 
 
+def moment_of_people(f, labels, batch=3):
+    """What a pass over images finds if f (M, D) are their embeddings."""
+    scan = lambda indices, title: ((f[i], i) for i in indices.split(batch))
+    faces = SimpleNamespace(labels=labels, scan=scan)
+    backbone = SimpleNamespace(config={"dim": f.shape[1]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "embed", lambda _, f: f)
+        return model.person_moment(backbone, faces)
+
+
 def test_the_moment_of_people_is_the_mean_over_pairs_of_images_of_one_person():
     f = units(11, 4)
     labels = torch.tensor([0] * 5 + [2] * 2 + [1] * 3 + [3])        # the last has one image: no pair
@@ -412,10 +425,10 @@ def test_the_moment_of_people_is_the_mean_over_pairs_of_images_of_one_person():
         pairs = [*itertools.permutations(f[labels == person], 2)]
         total = total + sum(a.outer(b) for a, b in pairs) / len(pairs)
     total = total + 1e-3 * moment_of(f)                     # decides if nobody has two images
-    assert same(model.person_moment(f, labels), total / total.trace())
+    assert same(moment_of_people(f, labels), total / total.trace())
     alone = units(5000, 4)                                  # so many that rounding would show
     moment = alone.T @ alone
-    found = model.person_moment(alone, torch.arange(5000).flip(0))
+    found = moment_of_people(alone, torch.arange(5000).flip(0), batch=256)
     assert same(found, moment / moment.trace(), 1e-4)
 
     sums, count = model.class_sums(f, labels)
@@ -447,7 +460,7 @@ def test_virtual_prototypes_lie_where_people_do():
     # Images of a person differ in the other directions, which are not of the person.
     noise = torch.randn(2 * n, dim) * (1 - spread) @ axes.T
     f = unit(prototypes.real.detach().repeat(2, 1) + noise)
-    people = model.person_moment(f, torch.arange(n).repeat(2))
+    people = moment_of_people(f, torch.arange(n).repeat(2), batch=256)
     assert (people @ axes[:, used:]).norm() < 0.3 * people.norm()
 
     prototypes.settle(torch.eye(dim) / dim)                 # as if people were round
@@ -593,6 +606,22 @@ def test_vigface_s_losses_and_their_gradients(monkeypatch, head, ramp, paper):
 
         cosines = direction @ W[:n].T                       # the quality head looks at real people alone
         assert same(found[2], model.certainty_loss(f, cosines, labels, prototypes))
+
+
+@pytest.mark.parametrize("head", model.MARGINS)
+def test_the_virtual_loss_in_parts_is_the_loss_and_keeps_no_cosines(head):
+    fresh = randomise(Prototypes(50, 30, 8))
+    f, labels = torch.randn(9, 8), torch.arange(9)
+    found = []
+    for at_once in (10 ** 6, 7 * 80):                       # all at once; seven rows of cosines, and one more
+        torch.manual_seed(1)
+        prototypes, kept = copy.deepcopy(fresh), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            losses = model.vigface_loss(f, labels, prototypes, 40, head, at_once=at_once)
+        losses[1].backward()
+        found.append((losses[1].detach(), prototypes.virtual.grad.clone()))
+        assert max(kept) <= 9 * 80                          # of real embeddings, not 40 * 80
+    assert all(map(same, *found)) and found[0][1].any()
 
 
 def test_without_virtual_people_there_is_no_virtual_loss():
@@ -1132,7 +1161,7 @@ def test_stage_1_trains_as_this_loop_does(tmp_path, monkeypatch):
 
     # At the end, virtual prototypes settle, given all embeddings of all faces.
     f = model.embed(backbone, images_of(faces))
-    prototypes.settle(model.person_moment(f, faces.labels))
+    prototypes.settle(moment_of_people(f, faces.labels))
     _, saved, _ = model.load_recogniser(tmp_path / "runs/fr")
     assert same(saved.to_draw(), prototypes.to_draw(), 1e-4)
 
@@ -1315,6 +1344,140 @@ def test_stage_2_trains_as_this_loop_does(tmp_path, monkeypatch):
     assert "real 0.300 virtual 0.750" in printed and len(lines) == 6
 
 
+def train_as_rank(rank, world, port, cwd, flags, stop):
+    """Runs dit_train.py in this process as one of several ranks; writes what it trained and its seeds. The
+    last rank is sent SIGTERM in a step.
+    """
+    for module in (model, data, dit_train):
+        module.RANK, module.WORLD = rank, world
+    where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=world)
+    os.environ |= {name: str(value) for name, value in where.items()}
+    kept, seeds = [], []
+    shared = dit_train.shared
+    dit_train.shared = lambda module: kept.append(module) or shared(module)
+
+    def loss(dit, backbone, x, w, landmarks, **options):
+        """No chance: what ranks draw differs."""
+        seeds.append(torch.initial_seed())
+        assert len(x) == 6 // world
+        if len(seeds) == stop and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        v = dit(x, torch.full((len(x),), 0.5), w, landmarks)
+        return (v - x).square().mean(), v.square().mean()
+    dit_train.dit_loss = loss
+    dit_train.mirror = lambda x, landmarks: (x, landmarks)
+    printed = here("dit_train.py", *flags, cwd=cwd, code=143 if stop else 0)
+    torch.save((kept[0].state_dict(), seeds, printed), cwd / f"{world}-{rank}.pt")
+
+
+def train_as_ranks(world, cwd, *flags, stop=None):
+    """Runs dit_train.py as several ranks; what each trained, its seeds, and what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = []
+    for rank in range(world):
+        ranks.append(fork.Process(target=train_as_rank, args=(rank, world, port, cwd, flags, stop)))
+        ranks[-1].start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * world
+    return [torch.load(cwd / f"{world}-{rank}.pt") for rank in range(world)]
+
+
+def test_ranks_train_one_network_as_one_rank_does(tmp_path, monkeypatch):
+    """They share each batch; gradients and losses are means over the whole batch."""
+    save_set(tmp_path / "faces", random_images(12, 16), 3, torch.rand(12, 5, 2))
+    tiny_recogniser(tmp_path / "runs/fr", [f"person {i}" for i in range(4)], data=["faces"])
+    monkeypatch.setitem(model.DIT_SIZES, "Ti", dict(width=16, depth=1, heads=2))
+    monkeypatch.setattr(dit_train, "autocast", contextlib.nullcontext)
+    monkeypatch.setattr(dit_train, "preview", lambda *_: torch.zeros(8, 8))
+    flags = ["--steps", 5, "--batch", 6, "--out"]
+    (alone, seeds, printed), = train_as_ranks(1, tmp_path, *flags, "one")
+    (first, seeds_0, printed_0), (second, seeds_1, printed_1) = train_as_ranks(2, tmp_path, *flags, "two")
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name]) and same(first[name], tensor, 1e-4), name
+    log = (tmp_path / "one/log.txt").read_text()
+    assert log == (tmp_path / "two/log.txt").read_text()
+    assert "loss v" in printed_0 and "loss v" not in printed_1
+    assert seeds == seeds_0 and not {*seeds_0} & {*seeds_1} and len({*seeds_1}) == 5
+
+    # A signal to one of the ranks ends both after the same step; both continue.
+    train_as_ranks(2, tmp_path, *flags, "stopped", stop=3)
+    train_as_ranks(2, tmp_path, *flags, "stopped")
+    assert model.digest(tmp_path / "stopped") == model.digest(tmp_path / "two")
+    assert log == (tmp_path / "stopped/log.txt").read_text()
+
+    said = here("dit_train.py", *flags, "two", cwd=tmp_path, code=2)
+    assert "ranks = 2, now 1" in said
+    monkeypatch.setattr(dit_train, "WORLD", 4)
+    assert "multiple of 4" in here("dit_train.py", *flags, "new", cwd=tmp_path, code=2)
+
+
+def interrupting(monkeypatch, module, function, count, number=signal.SIGTERM):
+    """Sends this process a signal at the count-th call of a function."""
+    calls, call = itertools.count(1), getattr(module, function)
+
+    def spy(*args, **options):
+        if next(calls) == count:
+            os.kill(os.getpid(), number)
+        return call(*args, **options)
+    monkeypatch.setattr(module, function, spy)
+
+
+def test_a_stopped_stage_1_continues_to_the_same_bytes(tmp_path, monkeypatch):
+    """After the step that is running, be it the last one, which settles the virtual prototypes."""
+    save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
+    recipe = dict(epochs=6, batch=4, scale=6.0, net=dict(dim=8) | TINY)
+    monkeypatch.setitem(model.RECOGNISERS, "tiny", recipe)
+    command = ["fr_train.py", "--data", "faces", "--epochs", 6, "--seed", 10 ** 20, "--out"]
+
+    def ended(name):
+        """Gives the command once more; what it left."""
+        here(*command, name, cwd=tmp_path)
+        return [(tmp_path / name / file).read_bytes() for file in ("model.safetensors", "log.txt")]
+    whole = ended("whole")
+    for step in (7, 12):
+        with monkeypatch.context() as patch:
+            interrupting(patch, fr_train, "vigface_loss", step)
+            assert "same command continues" in here(*command, step, cwd=tmp_path, code=143)
+        assert torch.load(tmp_path / f"{step}/state.pt")["step"] == step
+        assert ended(f"{step}") == whole
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(fr_train, "person_moment", fails)
+        ended("failed")
+    assert torch.load(tmp_path / "failed/state.pt")["step"] == 11       # all but the last step is saved
+    assert ended("failed") == whole
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_second_signal_ends_a_run_at_once():
+    def train(numbers):
+        steps = model.until_stopped(range(9), print)
+        next(steps)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        os._exit(7)                                         # the step ends
+    fork = multiprocessing.get_context("fork")
+    for numbers, code in (([2], 7), ([15], 7), ([2, 2], 130), ([15, 15], 143), ([2, 15], 143)):
+        process = fork.Process(target=train, args=[numbers])
+        process.start()
+        process.join()
+        assert process.exitcode == code
+
+
+def test_stage_1_uses_one_gpu_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(fr_train, "WORLD", 2)
+    assert "uses one GPU" in here("fr_train.py", cwd=tmp_path, code=2)
+    monkeypatch.setattr(fr_train, "RANK", 1)
+    assert here("fr_train.py", cwd=tmp_path) == ""          # rank 0 says it
+    assert not contents(tmp_path)
+
+
 def test_a_saved_recogniser_comes_back_frozen(tmp_path, capsys):
     saved, prototypes = tiny_recogniser(tmp_path, ["ann", "bob"], data=[])
     backbone, loaded, meta = model.load_recogniser(tmp_path)
@@ -1375,6 +1538,7 @@ def test_stage_1_refuses_flags_that_make_no_sense(capsys, faces, flags, said):
     ((9, 400, 64), "--arch S/4 --steps 7 --batch 9 --lr 0.5", "S/4", 7, 9, 0.5)])
 def test_stage_2_fills_in_what_was_left_out(faces, flags, arch, steps, batch, lr):
     args = filled_in(dit_train, faces, *flags.split())
+    assert args.seed < 2 ** 40
     assert args.arch == arch and args.steps == steps and args.batch == batch and args.lr == lr
 
 
@@ -1429,6 +1593,12 @@ def test_a_finished_model_is_left_alone(tmp_path, capsys):
     assert "something else" in stops(capsys, claimed, tmp_path / "run")
     del before["run/run.json"]
     assert before == contents(tmp_path)
+
+    def fails(path):
+        raise OSError("a disk that is for reading only")
+    monkeypatch.setattr(model, "replacing", fails)
+    with pytest.raises(OSError, match="reading only"):      # said before a run continues
+        model.claim(used, settings)
 
 
 def test_a_killed_run_gets_back_its_step_its_modules_and_its_log(tmp_path, capsys):
@@ -2005,6 +2175,17 @@ def test_what_is_given_away_tells_of_no_folder(studio):
     assert settings["dit"] == model.digest(studio / "runs/dit")
     assert settings["data"] == data.Faces([studio / "faces"]).digest()
     assert not any("/" in str(value) for value in settings.values())
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_stopped_set_continues_to_the_same_bytes(studio, monkeypatch, batch):
+    """After the batch that is running, which is written."""
+    here("sample.py", *FEW, "--out", "whole", cwd=studio)
+    with monkeypatch.context() as patch:
+        interrupting(patch, sample, "judge", batch, signal.SIGINT)
+        here("sample.py", *FEW, cwd=studio, code=130)
+    before = contents(studio / "runs/virtual")
+    assert len(pictures_of(before)) == (4, 6)[batch - 1] and "manifest.csv" not in before
+    here("sample.py", *FEW, cwd=studio)
+    assert contents(studio / "runs/virtual") == contents(studio / "whole")
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
@@ -2699,12 +2880,90 @@ def test_a_scan_shows_every_image_in_order(tmp_path):
     assert torch.equal(images[:, 0, 0, 0].long(), order)
 
 
+def test_workers_are_spared_a_signal_to_the_group(tmp_path):
+    """So that the training step which is running gets its images."""
+    faces = numbered_set(tmp_path / "faces", 101)
+    faces.items = None                                      # as if memory did not suffice
+    seen = faces.loader([np.array([i]) for i in range(90)])
+    begun = [next(seen)[1].item() for _ in range(32)]       # all workers have begun
+    workers = multiprocessing.active_children()
+    assert workers and all(os.getpgid(worker.pid) != os.getpgid(0) for worker in workers)
+    assert begun + [i.item() for _, i in seen] == [*range(90)]
+
+
 def test_a_crop_of_another_size_is_one_clear_line_from_a_worker_too(tmp_path, capsys):
     faces = numbered_set(tmp_path / "faces", 101)
     Image.new("RGB", (9, 8)).save(tmp_path / "faces/person 0/1.png")
     faces.items = None                                      # as if memory did not suffice
     said = stops(capsys, list, faces.loader([np.array([0, 1])]))
     assert said.startswith(f"error: {tmp_path}/faces/person 0/1.png: 9 x 8 pixels, expected 8 x 8")
+
+
+def raises(error):
+    """A script that fails so."""
+    def main():
+        raise error
+    return main
+
+
+WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\nOSError: [Errno 5] a.png"
+NO_MEMORY = "the memory does not suffice"
+
+
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), NO_MEMORY),
+    (RuntimeError("CUDA error: out of memory\nCompile with"), NO_MEMORY),
+    (RuntimeError("std::bad_alloc"), NO_MEMORY),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), NO_MEMORY),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), NO_MEMORY),
+    (MemoryError(), NO_MEMORY),
+    (OSError(12, "Cannot allocate memory"), "Cannot allocate memory; put it right"),
+    (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), NO_MEMORY),
+    (RuntimeError("[pair.cc:547] Connection closed by peer"), "closed by peer; put it right"),
+    (RuntimeError("can't start new thread"), "error: RuntimeError: can't start new thread; put it right"),
+    (BlockingIOError(11, "Resource temporarily unavailable"), "temporarily unavailable; put it right"),
+    (OSError(19, "No such device", "train.rec"), "No such device: 'train.rec'; put it right"),
+    (OSError(WORKER), "error: OSError: [Errno 5] a.png; put it right"),
+    (OSError(), "error: OSError: ; put it right")])
+def test_what_the_system_refuses_is_one_line_that_says_how_to_continue(capsys, error, said):
+    line = stops(capsys, model.run, raises(error), "or do less")
+    assert said in line and ("or do less" in line) == (said == NO_MEMORY)
+    assert "same command again, which continues" in line and "Traceback" not in line and "\n" not in line
+
+
+def test_memory_that_a_cpu_lacks_is_told_apart_from_a_mistake(capsys):
+    assert NO_MEMORY in stops(capsys, model.run, lambda: torch.empty(10 ** 15))
+    assert NO_MEMORY in stops(capsys, model.run, lambda: np.empty(10 ** 15))
+    with pytest.raises(RuntimeError, match="size"):
+        model.run(lambda: torch.ones(2) + torch.ones(3))
+    with pytest.raises(ValueError):
+        model.run(raises(ValueError("a mistake")))
+
+
+def test_scripts_run_where_streams_are_a_notebook_s():
+    printed = io.StringIO()                                 # like those, it lacks `reconfigure`
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        model.run(lambda: print("done"))
+    assert printed.getvalue() == "done\n"
+
+
+def test_workers_that_fail_or_are_killed_are_one_line(tmp_path, monkeypatch, capsys):
+    faces = numbered_set(tmp_path / "faces", 101)
+    faces.items = None                                      # as if memory did not suffice
+    order = [np.array([i]) for i in range(90)]
+
+    def kill():
+        for _ in faces.loader(order):
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+    assert NO_MEMORY in stops(capsys, model.run, kill)
+
+    def fails(path, _):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(data, "open_stored", fails)
+    line = stops(capsys, model.run, lambda: [*faces.loader(order)])
+    assert line.startswith("error: PermissionError: [Errno 13] Permission denied: '")
+    assert "person" in line and len(line) < 400
 
 
 def test_a_folder_that_may_not_be_read_is_not_passed_by(tmp_path, monkeypatch):
@@ -3175,7 +3434,7 @@ def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pi
     strangers = evaluate.resemblance(naive, naive, naive.labels)
     expected, _ = evaluate.thresholds_of(naive, strangers)
     assert thresholds == {"centre": expected["centre"], "image": expected["image"]}
-    prototypes.settle(model.person_moment(naive.f, naive.labels))
+    prototypes.settle(moment_of_people(naive.f, naive.labels))
     assert same(W, prototypes.to_draw(), 1e-4)              # stage 1 did so before its last save
 
     chosen = [0, 5, 9]
@@ -3322,6 +3581,18 @@ def test_shared_sampling_gives_the_same_bytes(pipeline, rejecting, tmp_path, mon
     assert "manifest.csv" not in first and 0 < len(pictures_of(first)) < len(pictures_of(both))
     assert both == whole and len(sizes) == 1
     assert sampled(pipeline, tmp_path / "7", "--batch", 7, line=line) == whole
+
+
+def test_the_readme_s_command_for_several_gpus(copied):
+    text = (HERE / "README.md").read_text()
+    options, = re.findall("`torchrun --nproc-per-node 8 (.*)sample.py --virtual 10000 --per-id 50`", text)
+    one = contents(copied / "runs/virtual")
+    shutil.rmtree(copied / "runs/virtual")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options.split()]
+    command = [*torchrun, HERE / "sample.py", *SAMPLE]
+    done = subprocess.run(command, cwd=copied, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(copied / "runs/virtual") == one
 
 
 def test_the_lines_in_the_readme_compare_two_faces(copied, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 dit_train.py asks it for the landmarks that a training set lacks, evaluate.py whether a set is aligned;
 tools/align.py cuts photographs by it.
 """
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -100,10 +101,15 @@ def load_detector(weights, folder):
     path = Path(weights or Path(folder) / WEIGHTS_URL.split("/")[-1])
     if not weights and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {WEIGHTS_URL} (1.8 MB)", flush=True)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)                # a network may accept and never answer
         try:
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_SHA256)
         except Exception as error:
             fail(f"{WEIGHTS_URL}: cannot be fetched ({error}); put it at {path}, or name it with --weights")
+        finally:
+            socket.setdefaulttimeout(before)
     net = build(RetinaFace, read_published(path), "net", path)
     return net.to(DEVICE, memory_format=torch.channels_last)
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import pickle
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -569,6 +570,22 @@ def test_the_detector_s_weights_are_fetched_once(tmp_path, monkeypatch):
         retinaface.load_detector(None, tmp_path / "run")
     assert fetched == [(retinaface.WEIGHTS_URL, retinaface.WEIGHTS_SHA256)]
     assert list(contents(tmp_path / "run")) == [retinaface.WEIGHTS_URL.split("/")[-1]]
+
+
+def test_a_network_that_never_answers_is_waited_for_aloud_and_not_for_ever(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda given, call=socket.setdefaulttimeout: call(
+        given and given / 300))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = "http://127.0.0.1:{}/weights.pth".format(silent.getsockname()[1])
+        monkeypatch.setattr(retinaface, "WEIGHTS_URL", address)
+        with pytest.raises(SystemExit):
+            retinaface.load_detector(None, tmp_path / "run")
+    said = capsys.readouterr()
+    assert f"fetching {address}" in said.out
+    assert "timed out" in said.err and "--weights" in said.err
+    assert socket.getdefaulttimeout() is None
 
 
 def test_without_a_network_one_line_says_where_the_weights_belong(tmp_path, monkeypatch, capsys):
