@@ -4,7 +4,7 @@
 
 Writes OUT/model.safetensors (averaged weights, and the poses of the training faces, but no embeddings or
 names), OUT/state.pt, from which the same command continues a run that was killed, OUT/log.txt, which keeps
-what is printed, and OUT/preview-STEP.jpg: up to four real and four virtual people, a row each, at guidance 2.
+what is printed, and OUT/preview-STEP.jpg: up to four virtual people, a row each, at guidance 2.
 """
 import argparse
 import copy
@@ -43,10 +43,10 @@ def mirror(x, landmarks):
     return torch.where(flip[..., None], x.flip(3), x), torch.where(flip, mirrored, landmarks)
 
 
-def preview(path, dit, backbone, w, landmarks, seed):
-    """Writes a picture of the people w (R, D), a row each, in eight poses of landmarks (M, 5, 2).
+def preview(path, dit, backbone, w, landmarks, seed, real=0):
+    """Draws the people w (R, D) in eight poses of landmarks (M, 5, 2), and writes a picture, a row each.
 
-    Returns the cosine of each drawn face to its prototype, (R, 8).
+    Returns the cosine of each drawn face to its prototype, (R, 8). The first `real` people are not shown.
     """
     generator = torch.Generator().manual_seed(seed)                     # the same poses and noise every time
     poses = landmarks[torch.randint(len(landmarks), (8,), generator=generator)].to(DEVICE)
@@ -55,8 +55,9 @@ def preview(path, dit, backbone, w, landmarks, seed):
     with autocast():
         denoise = guided(dit, everybody, poses.repeat(len(w), 1, 1), guidance=2.0)      # clearer early on
         images = to_uint8(dpm_solver(denoise, noise, steps=10))
-    with replacing(path) as temporary:
-        save_image(images.cpu() / 255, temporary, "JPEG", nrow=8, padding=1)
+    if real < len(w):
+        with replacing(path) as temporary:
+            save_image(images[8 * real:].cpu() / 255, temporary, "JPEG", nrow=8, padding=1)
     return (embed(backbone, images) * everybody).sum(1).view(-1, 8)
 
 
@@ -135,7 +136,7 @@ def main():
             if RANK:
                 continue                                    # rank 0 alone saves and prints
             path = out / f"preview-{step + 1:06d}.jpg"
-            cosines = preview(path, average, backbone, shown, faces.landmarks, args.seed)
+            cosines = preview(path, average, backbone, shown, faces.landmarks, args.seed, min(4, n))
             line = f"step {step + 1:6d}/{steps}  loss v {mse:.4f} identity {identity:.4f}  own cosine"
             for kind, own in (("real", cosines[:min(4, n)]), ("virtual", cosines[min(4, n):])):
                 line += f" {kind} {own.mean():.3f}" if len(own) else ""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data import Faces, batches, demo, find_benchmarks, read_benchmark
-from evaluate import pair_distances, verification
+from evaluate import nearest, pair_distances, quantile, verification
 from model import (DEVICE, MARGINS, RANK, RECOGNISERS, WORLD, Prototypes, Recogniser, autocast, claim,
                    compiled, fail, log, person_moment, positive, resume, run, save_model, save_state,
                    stop_unless_finite, until_stopped, vigface_loss, virtual_batch_size)
@@ -66,6 +66,19 @@ def augment(x, p=0.2):
     rows, columns = (grid > start) & (grid < start + sides)                     # (B, 1, 1, S) each
     cropped = torch.where(rows.mT & columns, x, -1.0)                           # -1 is black
     return torch.where(uniform(0, 1) < p, cropped, x)
+
+
+@torch.no_grad()
+def room(prototypes):
+    """A line on how near prototypes are to real ones, as a cosine: the mean, what 99 % stay below, the largest."""
+    W, n = prototypes.to_draw(), len(prototypes.real)
+    real, rows = W[:n], torch.arange(len(W), device=DEVICE)
+    line = "room: cosine to the nearest real prototype, mean / 99 % / largest:"
+    for title, w, own in (("real people", real, rows[:n]), ("virtual as trained", prototypes.unit()[n:], rows[n:]),
+                          ("virtual as drawn", W[n:], rows[n:])):
+        cosine, _ = nearest(w, real, own, rows[:n])
+        line += f"  {title} {cosine.mean():.3f} / {quantile(cosine, 0.99):.3f} / {cosine.max():.3f}"
+    return line
 
 
 def fill_in(args, faces):
@@ -151,6 +164,8 @@ def main():
     backbone.eval()
     if k and not args.paper:
         prototypes.settle(person_moment(backbone, faces))               # takes a pass over the images
+    if k:
+        log(out, room(prototypes))
     weights = {"backbone": backbone.state_dict(), "prototypes": prototypes.state_dict()}
     save_model(out, "fr", backbone.config, weights, prototypes=prototypes.config, names=[*faces.people],
                data=[*map(os.path.abspath, faces.roots)], val=[*map(os.path.abspath, val.values())])

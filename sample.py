@@ -78,13 +78,13 @@ def seed_of(*what):
 
 
 def load(args):
-    """The DiT, the poses it was trained on, backbone, prototypes and metadata of its recogniser."""
+    """The DiT, its poses, its metadata, and backbone, prototypes and metadata of its recogniser."""
     tensors, meta = load_model(args.dit, "dit")
     backbone, prototypes, fr = load_recogniser(args.fr)
     if fr.get("sha256") != meta["fr_sha256"]:
         fail(f"{args.fr}: {args.dit} was trained with another recogniser; name it with --fr")
     dit = build(DiT, tensors, "dit", args.dit, meta["config"]).to(DEVICE)
-    return dit, tensors["poses.landmarks"], backbone, prototypes, fr
+    return dit, tensors["poses.landmarks"], meta, backbone, prototypes, fr
 
 
 # The real people, as the recogniser sees them: embeddings of images (M, D), their rows of W (M,), the centre of
@@ -286,10 +286,13 @@ def main():
     out = Path(args.out or ("runs/real-aug" if args.real_to else "runs/virtual"))
 
     # Who can draw, whom, and who is real.
-    dit, poses, backbone, prototypes, fr = load(args)
+    dit, poses, meta, backbone, prototypes, fr = load(args)
     W, n = prototypes.to_draw(), len(prototypes.real)
     names = [*fr["names"], *(f"{fr['sha256'][:6]}-{i:06d}" for i in range(len(W) - n))]
     faces = Faces(args.real or fr["data"], dit.size, flag="--real")
+    if not args.real and faces.digest() != meta["data"]:
+        fail(f"{args.dit}: trained on other faces than {args.fr}; name all that are real with --real")
+    print(f"real: {len(faces)} images of {len(faces.people)} people in {', '.join(map(str, faces.roots))}")
     rows = rows_of(faces.people, names)                         # of W, for each label
     wanted = people_to_draw(args, names, n, rows[faces.labels])
 
