@@ -2,11 +2,12 @@
 
     python evaluate.py                      # every runs/fr*; runs/virtual against the real training set
     python evaluate.py --fr A B --pairs lfw.bin agedb_30.bin --datasets runs/virtual dcface/ --real casia/
-    python evaluate.py --fr adaface.ckpt --datasets SET --real casia/ --strict      # exit code 3 on a leak
+    python evaluate.py --fr adaface.ckpt --datasets SET --real casia/ --strict      # code 3 unless clean
 
-The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.md (the tables it prints),
-OUT/leaks.csv (every image that comes too close to a real person, and to whom) and the nearest pairs as a
-picture. fr_train.py tests with `verification`, and it and sample.py look at real faces by `embed_faces`.
+The first recogniser that had no part in making the datasets judges them. Writes OUT/report.json and
+OUT/report.md (the tables it prints), OUT/leaks.csv (each person and image that comes too near to a real
+person, and to whom) and the nearest pairs as a picture. fr_train.py tests with `verification`, and sample.py
+looks at real faces by `embed_faces`, `strangers_to` and `nearest`.
 """
 import argparse
 import json
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torchvision.utils import save_image
 
 from data import Faces, benchmark_people, find_benchmarks, read_benchmark, write_csv
-from model import (DEVICE, class_sums, embed, fail, load_recogniser, reading, refuse_inside, replacing, run)
+from model import (DEVICE, class_sums, embed, fail, load_recogniser, reading, refuse_inside, replacing,
+                   run)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -31,8 +33,8 @@ flag("--bgr", action=argparse.BooleanOptionalAction,
 flag("--pairs", nargs="*", metavar="BIN", help="benchmarks (default: those of the first recogniser)")
 flag("--datasets", nargs="*", metavar="DIR", help="sets to judge (default: runs/virtual if there)")
 flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the first recogniser's data)")
-flag("--strict", action="store_true", help="exit with code 3 unless every set is clean (default: report it)")
-flag("--weights", metavar="PATH", help="RetinaFace's, to see whether sets are aligned (default: those in runs/)")
+flag("--strict", action="store_true", help="exit with code 3 unless all sets are clean (default: report it)")
+flag("--weights", metavar="PATH", help="RetinaFace's: are sets aligned? (default: those in runs/, if any)")
 flag("--out", default="runs/report", metavar="DIR", help="report folder (default: %(default)s)")
 
 FIELD = {"lfw": "LFW", "cfp_fp": "CFP-FP", "cplfw": "CPLFW", "agedb_30": "AgeDB", "calfw": "CALFW"}
@@ -143,7 +145,7 @@ def diversity(quality, labels):
 
 
 def places(labels):
-    """Which image of its person each image (M,) is, from 0, and how many images this person has, (M,) each."""
+    """Which image of its person each image is, from 0, and how many this person has, (M,) each."""
     order, count = labels.argsort(stable=True), torch.bincount(labels)
     first = (count.cumsum(0) - count)[labels[order]]
     place = torch.empty_like(labels)
@@ -167,7 +169,8 @@ def resemblance(faces, real, own=None):
     own = torch.full_like(faces.labels, -1) if own is None else own             # -1 is nobody's label
     whole, centres = centres_of(faces), centres_of(real)
     people = torch.arange(len(centres), device=own.device)
-    found = {"person": nearest(whole, centres, own.new_full((len(whole),), -1).scatter(0, faces.labels, own), people),
+    own_of = own.new_full((len(whole),), -1).scatter(0, faces.labels, own)
+    found = {"person": nearest(whole, centres, own_of, people),
              "centre": nearest(faces.f, centres, own, people),
              "image": nearest(faces.f, real.f, own, real.labels)}
     if faces.thumbs is not None:
@@ -237,7 +240,7 @@ def allowed(over, strangers, people):
 
 
 def leak_tests(found, strangers, lines):
-    """{test: {line, over, allowed}}: how many of a set are over each line, and how many may be; no copy may."""
+    """{test: {line, over, allowed}}: how many of a set are over a line, and may be over it; copies: none."""
     def over(near, test):
         return int((near[test][0] > lines[test]).sum())
 
@@ -295,7 +298,7 @@ def judge_set(data, real, unseen):
 
 
 def offenders(data, found, tests, real):
-    """Rows of leaks.csv for whatever is over a line: identity or file, test, cosine, real person, real image."""
+    """Rows of leaks.csv for what is over a line: identity or file, test, cosine, real person and image."""
     people, labels = [*real.faces.people], real.labels.cpu()
     names = [*data.faces.people]
     for test, columns in found.items():
@@ -395,11 +398,11 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
     sources = args.real or meta["data"]
     if not sources:
         fail(f"{judge}: unknown what it was trained on; name real faces with --real")
-    trained_on = {*map(Path, meta["data"] or ())}
-    known = {Path(source).resolve() for source in sources} & trained_on
+    trained_on, given = {*map(Path, meta["data"] or ())}, {Path(source).resolve() for source in sources}
     for name in datasets:
-        if Path(name).resolve() in trained_on | {Path(source).resolve() for source in sources}:
-            fail(f"{name}: it is among the real faces, or {judge} was trained on it; name others with --real, --fr")
+        if Path(name).resolve() in trained_on | given:
+            fail(f"{name}: is among the real faces, or {judge} was trained on it; name others (--real, --fr)")
+
     size = backbone.config["size"]
     real = embed_faces(backbone, prototypes, Faces(sources, size, flag="--real"))
     people = len(real.faces.people)
@@ -410,9 +413,9 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
     usual = misaligned(real.faces, weights) if weights else 0
 
     # Training has pushed the judge's own people apart, so then others must stand for strangers.
-    unseen = embed_benchmarks(backbone, benchmarks) if known and benchmarks else None
-    report = {"judge": judge, "strangers": "of the benchmarks" if unseen else "of the real people, each to the others",
-              "real": quality_row(real, prototypes), "datasets": {}}
+    unseen = embed_benchmarks(backbone, benchmarks) if given & trained_on and benchmarks else None
+    strangers = "people of the benchmarks" if unseen else "real people, each among the others"
+    report = {"judge": judge, "strangers": strangers, "real": quality_row(real, prototypes), "datasets": {}}
     leaks = []
     for number, name in enumerate(datasets, 1):
         data = embed_faces(backbone, prototypes, Faces([name], size, flag="--datasets"))

@@ -70,13 +70,14 @@ def augment(x, p=0.2):
 
 @torch.no_grad()
 def room(prototypes):
-    """A line on how near prototypes are to real ones, as a cosine: the mean, what 99 % stay below, the largest."""
+    """A line on how near prototypes are to the nearest real one, as cosines."""
     W, n = prototypes.to_draw(), len(prototypes.real)
-    real, rows = W[:n], torch.arange(len(W), device=DEVICE)
-    line = "room: cosine to the nearest real prototype, mean / 99 % / largest:"
-    for title, w, own in (("real people", real, rows[:n]), ("virtual as trained", prototypes.unit()[n:], rows[n:]),
-                          ("virtual as drawn", W[n:], rows[n:])):
-        cosine, _ = nearest(w, real, own, rows[:n])
+    rows = torch.arange(len(W), device=DEVICE)
+    line = "nearest real prototype, mean / 99 % / largest:"
+    for title, w, own in (("real", W[:n], rows[:n]),
+                          ("virtual as trained", prototypes.unit()[n:], rows[n:]),
+                          ("as drawn", W[n:], rows[n:])):
+        cosine, _ = nearest(w, W[:n], own, rows[:n])
         line += f"  {title} {cosine.mean():.3f} / {quantile(cosine, 0.99):.3f} / {cosine.max():.3f}"
     return line
 

@@ -87,8 +87,8 @@ def load(args):
     return dit, tensors["poses.landmarks"], meta, backbone, prototypes, fr
 
 
-# The real people, as the recogniser sees them: embeddings of images (M, D), their rows of W (M,), the centre of
-# each row's images (I, D), and for each test of evaluate.py the cosine that 99 % of strangers stay below.
+# The real people, as the recogniser sees them: embeddings of images (M, D), their rows of W (M,), the centre
+# of each row's images (I, D), and for each test of evaluate.py the cosine that 99 % of strangers stay below.
 Real = namedtuple("Real", "f labels centres lines")
 
 
@@ -101,7 +101,7 @@ def embed_real(backbone, prototypes, faces, rows, wanted):
 
 
 def near_people(real, f, rows):
-    """How near each unit embedding (B, D) comes to a real person's centre, but to that of its own row (B,)."""
+    """How near each unit embedding (B, D) comes to the centre of a real person who is not its row's (B,)."""
     people = torch.arange(len(real.centres), device=DEVICE)
     return nearest(f.to(real.f), real.centres, rows, people)[0]
 
