@@ -197,8 +197,7 @@ def as_many(count, wanted):
 def strangers_to(real, wanted, unseen=None):
     """The `resemblance` to real people of strangers, who have as many images as the people of `wanted` (J,).
 
-    They are the people of `unseen`, a FaceSet, or else the real people, each compared with all others; in the
-    test `somebody`, always these, because some of them may bear two names.
+    They are the people of `unseen`, a FaceSet, or else the real people, each compared with all others.
     """
     pool = unseen or real
     place, _ = places(pool.labels)
@@ -206,9 +205,7 @@ def strangers_to(real, wanted, unseen=None):
     thumbs = None if pool.thumbs is None else pool.thumbs[some]
     own = pool.labels[some]
     faces = FaceSet(pool.f[some], own.unique(return_inverse=True)[1], thumbs)
-    found = resemblance(faces, real, None if unseen else own)
-    found["somebody"] = strangers_to(real, wanted)["person"] if unseen else found["person"]
-    return found
+    return resemblance(faces, real, None if unseen else own)
 
 
 def genuine(real, wanted):
@@ -239,6 +236,19 @@ def allowed(over, strangers, people):
     return int((log_p.softmax(0).cumsum(0) < 0.999).sum())
 
 
+def tail(cosines, line):
+    """The share of strangers over a line, from their cosines (I,), even if none of these is.
+
+    Above what nine tenths stay below, the tail is taken for exponential, which is heavier than that of
+    cosines. Its mean is uncertain, so the share is that of a Lomax distribution.
+    """
+    start = quantile(cosines, 0.9)
+    excess = cosines[cosines > start].double() - start
+    if line <= start:
+        return (cosines > line).double().mean().item()
+    return len(excess) / len(cosines) * (1 + (line - start) / excess.sum().item()) ** -len(excess)
+
+
 def leak_tests(found, strangers, lines):
     """{test: {line, over, allowed}}: how many of a set are over a line, and may be over it; copies: none."""
     def over(near, test):
@@ -247,8 +257,11 @@ def leak_tests(found, strangers, lines):
     people, tests = len(found["person"][0]), {}
     for test, line in lines.items():
         most = 0
-        if test in ("person", "somebody"):
+        if test == "person":
             most = allowed(over(strangers, test), len(strangers[test][0]), people)
+        elif test == "somebody":        # hardly any stranger is, so their number is inferred
+            many = 1e9
+            most = allowed(many * tail(strangers[test][0], line), many, people)
         elif test != "copy":            # a person's images are alike: what counts is the number of people
             most = tests["person"]["allowed"] * len(found[test][0]) // people
         tests[test] = {"line": line, "over": over(found, test), "allowed": most}
@@ -282,7 +295,7 @@ def judge_set(data, real, unseen):
     """What the set `data` shows of real people: its `resemblance`, and a row of the report on leakage."""
     wanted = torch.bincount(data.labels)
     found, strangers = resemblance(data, real), strangers_to(real, wanted, unseen)
-    found["somebody"] = found["person"]
+    found["somebody"], strangers["somebody"] = found["person"], strangers["person"]
     halves = genuine(real, wanted)
     # Somebody: nearer to a real person than most people are to themselves.
     lines = lines_of(strangers) | {"somebody": quantile(halves, 0.5) if len(halves) else 1.0}
