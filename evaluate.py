@@ -4,9 +4,10 @@
     python evaluate.py --fr A B --pairs lfw.bin agedb_30.bin --datasets runs/virtual dcface/ --real casia/
     python evaluate.py --fr adaface.ckpt --datasets SET --real casia/ --strict      # exit code 3 on a leak
 
-The first recogniser judges the datasets. Writes OUT/report.json and OUT/report.md (the tables it prints),
-OUT/leaks.csv (every image that comes too close to a real person, and to whom) and the nearest pairs as a
-picture. fr_train.py tests with `verification`, and it and sample.py look at real faces by `embed_faces`.
+The first recogniser that had no part in making the datasets judges them. Writes OUT/report.json and
+OUT/report.md (the tables it prints), OUT/leaks.csv (every person and image that comes too close to a real
+one, and to whom) and the nearest pairs as a picture. fr_train.py tests with `verification`, and it and
+sample.py look at real faces by `embed_faces`.
 """
 import argparse
 import json
@@ -95,13 +96,15 @@ def thumbnails(images):
     return F.normalize((rank - around).flatten(1))
 
 
+KIND = torch.half if DEVICE.type == "cuda" else torch.float            # of embeddings and thumbnails
+
+
 def embed_faces(backbone, prototypes, faces):
-    """The FaceSet of `faces`, in half precision on a GPU."""
-    kind = torch.half if DEVICE.type == "cuda" else torch.float
+    """The FaceSet of `faces`."""
     columns = []
     for images, i in faces.scan(torch.arange(len(faces)), "embedding"):
         f = embed(backbone, images, unit=False) / 2             # the mean, as `certainty` learned it
-        columns.append((F.normalize(f).to(kind), thumbnails(images.to(DEVICE)).to(kind),
+        columns.append((F.normalize(f).to(KIND), thumbnails(images.to(DEVICE)).to(KIND),
                         prototypes.certainty(f)[:, 0], i))
     f, thumbs, quality, i = (torch.cat(column) for column in zip(*columns))
     return FaceSet(f, faces.labels[i].to(DEVICE), thumbs, quality, faces, i)
@@ -110,7 +113,8 @@ def embed_faces(backbone, prototypes, faces):
 def embed_benchmarks(backbone, benchmarks):
     """The FaceSet of the people in benchmarks {name: path}."""
     images, labels = benchmark_people(benchmarks, backbone.config["size"])
-    return FaceSet(embed(backbone, images), labels.to(DEVICE), thumbnails(images.to(DEVICE)))
+    thumbs = torch.cat([thumbnails(some.to(DEVICE)) for some in images.split(256)])
+    return FaceSet(embed(backbone, images).to(KIND), labels.to(DEVICE), thumbs.to(KIND))
 
 
 def quantile(values, q):
@@ -377,10 +381,15 @@ def describe(report, averaged):
     return text
 
 
+def resolved(folders):
+    """Folders, or None, as a set of paths that compare, wherever links lead."""
+    return {Path(folder).resolve() for folder in folders or ()}
+
+
 def had_part(meta, name):
     """Whether a recogniser was trained on the set `name`, or rejected pictures when sample.py made it."""
     path = Path(name)
-    if path.resolve() in map(Path, meta["data"] or ()):
+    if path.resolve() in resolved(meta["data"]):
         return True
     if not (path / "run.json").is_file():
         return False
@@ -395,10 +404,10 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
     sources = args.real or meta["data"]
     if not sources:
         fail(f"{judge}: unknown what it was trained on; name real faces with --real")
-    trained_on = {*map(Path, meta["data"] or ())}
-    known = {Path(source).resolve() for source in sources} & trained_on
+    trained_on = resolved(meta["data"])
+    known = resolved(sources) & trained_on
     for name in datasets:
-        if Path(name).resolve() in trained_on | {Path(source).resolve() for source in sources}:
+        if Path(name).resolve() in trained_on | resolved(sources):
             fail(f"{name}: it is among the real faces, or {judge} was trained on it; name others with --real, --fr")
     size = backbone.config["size"]
     real = embed_faces(backbone, prototypes, Faces(sources, size, flag="--real"))
