@@ -97,13 +97,15 @@ def thumbnails(images):
     return F.normalize((rank - around).flatten(1))
 
 
+KIND = torch.half if DEVICE.type == "cuda" else torch.float            # of embeddings and thumbnails
+
+
 def embed_faces(backbone, prototypes, faces):
-    """The FaceSet of `faces`, in half precision on a GPU."""
-    kind = torch.half if DEVICE.type == "cuda" else torch.float
+    """The FaceSet of `faces`."""
     columns = []
     for images, i in faces.scan(torch.arange(len(faces)), "embedding"):
         f = embed(backbone, images, unit=False) / 2             # the mean, as `certainty` learned it
-        columns.append((F.normalize(f).to(kind), thumbnails(images.to(DEVICE)).to(kind),
+        columns.append((F.normalize(f).to(KIND), thumbnails(images.to(DEVICE)).to(KIND),
                         prototypes.certainty(f)[:, 0], i))
     f, thumbs, quality, i = (torch.cat(column) for column in zip(*columns))
     return FaceSet(f, faces.labels[i].to(DEVICE), thumbs, quality, faces, i)
@@ -112,7 +114,8 @@ def embed_faces(backbone, prototypes, faces):
 def embed_benchmarks(backbone, benchmarks):
     """The FaceSet of the people in benchmarks {name: path}."""
     images, labels = benchmark_people(benchmarks, backbone.config["size"])
-    return FaceSet(embed(backbone, images), labels.to(DEVICE), thumbnails(images.to(DEVICE)))
+    thumbs = torch.cat([thumbnails(some.to(DEVICE)) for some in images.split(256)])
+    return FaceSet(embed(backbone, images).to(KIND), labels.to(DEVICE), thumbs.to(KIND))
 
 
 def quantile(values, q):
@@ -393,10 +396,15 @@ def describe(report, averaged):
     return text
 
 
+def resolved(folders):
+    """Folders, or None, as a set of paths that compare, wherever links lead."""
+    return {Path(folder).resolve() for folder in folders or ()}
+
+
 def had_part(meta, name):
     """Whether a recogniser was trained on the set `name`, or rejected pictures when sample.py made it."""
     path = Path(name)
-    if path.resolve() in map(Path, meta["data"] or ()):
+    if path.resolve() in resolved(meta["data"]):
         return True
     if not (path / "run.json").is_file():
         return False
@@ -411,7 +419,7 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
     sources = args.real or meta["data"]
     if not sources:
         fail(f"{judge}: unknown what it was trained on; name real faces with --real")
-    trained_on, given = {*map(Path, meta["data"] or ())}, {Path(source).resolve() for source in sources}
+    trained_on, given = resolved(meta["data"]), resolved(sources)
     for name in datasets:
         if Path(name).resolve() in trained_on | given:
             fail(f"{name}: is among the real faces, or {judge} was trained on it; name others (--real, --fr)")

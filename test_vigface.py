@@ -2380,6 +2380,24 @@ def mirrored(thumb):
     return thumb.view(16, 16).flip(1).flatten()
 
 
+def test_people_of_benchmarks_are_embedded_as_faces_are(monkeypatch):
+    monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
+    images, labels = random_images(300, 32), torch.randint(9, (300,))
+    monkeypatch.setattr(evaluate, "benchmark_people", lambda *asked: asked == ("benchmarks", 32) and (images, labels))
+    backbone = Linear(32)
+    backbone.config = dict(size=32)
+    found = evaluate.embed_benchmarks(backbone, "benchmarks")
+    assert same(found.f, unit(naive_embed(backbone, images)), 1e-4)
+    assert torch.equal(found.labels, labels) and same(found.thumbs, evaluate.thumbnails(images))
+    assert found.f.dtype == found.thumbs.dtype == evaluate.KIND         # they are compared with real faces'
+
+
+def naive_centres(faces):
+    """Who has images, and the unit centre of each one's embeddings."""
+    people = faces.labels.unique()
+    return people, unit(torch.stack([faces.f[faces.labels == person].sum(0) for person in people]))
+
+
 def test_resemblance_to_real_people_against_loops():
     """To the nearest person's centre, image, and thumbnail, which may be mirrored, negative, or both."""
     drawn, real = random_set(12, 6), random_set(20, 8)
@@ -2387,13 +2405,15 @@ def test_resemblance_to_real_people_against_loops():
     copies = {3: others[11], 5: -real.thumbs[9], 7: -others[2], 8: real.thumbs[0]}
     for i, thumb in copies.items():
         drawn.thumbs[i] = thumb
-    sums = [real.f[real.labels == person].sum(0) for person in range(8)]
-    centres = unit(torch.stack(sums))
+    people, whole = naive_centres(drawn)
+    _, centres = naive_centres(real)
     thumbs = torch.cat([real.thumbs, torch.stack(others)])
     thumbs = torch.cat([thumbs, -thumbs])
     nobody = torch.full((12,), -1)
     for given, own in ((None, nobody), (drawn.labels, drawn.labels)):
         found = evaluate.resemblance(drawn, real, given)
+        expected = naive_nearest(whole, centres, nobody if given is None else people, range(8))
+        assert same(torch.stack(found["person"]), expected)
         expected = naive_nearest(drawn.f, centres, own, range(8))
         assert same(torch.stack(found["centre"]), expected)
         expected = naive_nearest(drawn.f, real.f, own, real.labels)
@@ -2407,129 +2427,265 @@ def test_resemblance_to_real_people_against_loops():
     assert copied[1][[*copies]].tolist() == [11, 9, 2, 0]
 
 
-def test_thresholds_are_what_strangers_stay_below(capsys):
-    labels = torch.cat([torch.arange(40), torch.randint(39, (260,))])
-    f = unit(units(300, 6) + 2 * units(40, 6)[labels])
-    own = []
-    for i in range(300):
-        others = labels == labels[i]
-        others[i] = False
-        if others.any():                                    # one person has a single image
-            centre = unit(f[others].sum(0))
-            own.append((centre @ f[i]).item())
-    cap = np.median(own)
-    low, high = torch.linspace(-1, cap - 0.01, 300), torch.linspace(-1, 1, 300)
-    copies, index = torch.linspace(0, 0.8, 300), torch.zeros(300)
-    strangers = {"centre": (low, index), "image": (high, index), "copy": (copies, index)}
-    real = face_set(f, labels)
-    thresholds, found_cap = evaluate.thresholds_of(real, strangers)
-    assert same(found_cap, cap)
-    assert same(thresholds["centre"], np.quantile(low, 0.99))           # 99 %
-    assert same(thresholds["image"], cap)                               # but never over the cap
-    assert same(thresholds["copy"], (1 + np.quantile(copies, 0.999)) / 2)
-    strangers = dict.fromkeys(["centre", "image"], (high, index))
-    strangers["copy"] = torch.ones(300), index
-    thresholds, _ = evaluate.thresholds_of(real, strangers)
-    assert thresholds["copy"] == 0.99
-    assert same(thresholds["centre"], cap)
+# ---------------------------------------------------------------------------------------- strangers and lines
 
-    alone = face_set(f, torch.arange(300))                  # nobody has another image: no cap
-    thresholds, cap = evaluate.thresholds_of(alone, strangers)
-    assert cap == 1
-    assert same(thresholds["centre"], np.quantile(high, 0.99))
-    one = face_set(f, 0 * labels)
-    assert "two people" in stops(capsys, evaluate.thresholds_of, one, strangers)
+def test_places_of_images_among_those_of_their_person():
+    labels = torch.tensor([2, 0, 2, 2, 0, 4])
+    place, count = evaluate.places(labels)
+    assert place.tolist() == [0, 0, 1, 2, 1, 0]
+    assert count.tolist() == [3, 2, 3, 3, 2, 1]
+
+
+@pytest.mark.parametrize("count, wanted, taken", [
+    ([9] * 4, [1] * 7, [1] * 4),
+    ([9] * 6, [2, 5, 8], [2, 2, 5, 5, 8, 8]),               # as many of each number
+    ([3, 0, 9], [5, 5], [0, 0, 5]),                         # who has too few is left out,
+    ([5] * 9 + [4], [5] * 20, [5] * 9),
+    ([2] * 89 + [7] * 11, [20] * 5, [7] * 11),              # but not more than nine tenths of all
+    ([2] * 95 + [7] * 5, [20] * 5, [2] * 95 + [7] * 5),
+    ([1, 1, 4], [0, 0, 3], [0, 0, 3])])                     # some labels are nobody's
+def test_strangers_have_as_many_images_as_the_people_of_a_set(count, wanted, taken):
+    found = evaluate.as_many(torch.tensor(count), torch.tensor(wanted))
+    assert sorted(found[found > 0].tolist()) == sorted(number for number in taken if number)
+    assert (found <= torch.tensor(count)).all()
+
+
+def first_images(faces, count):
+    """Which images are among the first `count` of their person."""
+    before = [faces.labels[:i].tolist().count(label) for i, label in enumerate(faces.labels)]
+    return torch.tensor(before) < count
+
+
+def test_strangers_are_real_people_among_themselves_or_people_whom_the_judge_never_saw():
+    real, unseen = random_set(24, 8), random_set(30, 7)
+    for faces in (real, unseen):
+        faces.labels[:] = torch.randperm(len(faces.f)) % 8
+    wanted, strangers = torch.tensor([2, 2, 2]), {}
+    for name, faces in (("real", real), ("unseen", unseen)):
+        some = first_images(faces, 2)
+        strangers[name] = face_set(faces.f[some], faces.labels[some], thumbs=faces.thumbs[some])
+
+    found = evaluate.strangers_to(real, wanted)
+    _, whole = naive_centres(strangers["real"])
+    _, centres = naive_centres(real)                        # of all their images
+    among = naive_nearest(whole, centres, range(8), range(8))
+    assert same(torch.stack(found["person"]), among)
+    assert found["somebody"] is found["person"]
+    expected = evaluate.resemblance(strangers["real"], real, strangers["real"].labels)
+    for test in ("centre", "image", "copy"):
+        assert same(torch.stack(found[test]), torch.stack(expected[test]))
+
+    found = evaluate.strangers_to(real, wanted, unseen)
+    expected = evaluate.resemblance(strangers["unseen"], real)
+    for test in ("person", "centre", "image", "copy"):
+        assert same(torch.stack(found[test]), torch.stack(expected[test]))
+    assert same(torch.stack(found["somebody"]), among)      # some of the real people may bear two names
+
+
+def test_genuine_comparisons_are_between_halves_of_the_images_of_a_person():
+    labels = torch.tensor([0, 3, 1, 0, 0, 1, 3, 0, 1, 3, 0])            # five, three, none, and three images
+    real = face_set(units(11, 6), labels)
+    naive = []
+    for person in (0, 1, 3):
+        own = real.f[labels == person]
+        naive.append(unit(own[0::2].sum(0)) @ unit(own[1::2].sum(0)))
+    assert same(evaluate.genuine(real, torch.tensor([3, 3])), naive)
+    assert same(evaluate.genuine(real, torch.tensor([5, 5, 5])), naive[:1])         # who has so many
+    assert same(evaluate.genuine(real, torch.tensor([1])), naive)
+    alone = face_set(units(4, 6), torch.arange(4))
+    assert len(evaluate.genuine(alone, torch.tensor([1]))) == 0
+
+
+def test_lines_are_what_strangers_stay_below():
+    values, index = torch.rand(300), torch.zeros(300)
+    strangers = dict.fromkeys(["person", "image", "copy"], (values, index))
+    line = np.quantile(values, 0.99)
+    copy = (1 + np.quantile(values, 0.999)) / 2
+    found = evaluate.lines_of({test: (0.9 * cosine, i) for test, (cosine, i) in strangers.items()})
+    expected = {"person": 0.9 * line, "image": 0.9 * line, "copy": (1 + 0.9 * (2 * copy - 1)) / 2}
+    assert found == pytest.approx(expected)
+    assert evaluate.lines_of({"copy": (torch.ones(300), index)}) == {"copy": 0.99}
+    assert "copy" not in evaluate.lines_of({"person": (values, index)})
+
+
+@pytest.mark.parametrize("over, strangers, people", [(0, 6000, 10_000), (10, 1000, 500), (2, 150, 20), (3, 300, 1)])
+def test_what_is_allowed_is_the_bound_of_a_negative_binomial(over, strangers, people):
+    share, below = people / (people + strangers), 0
+    chances = [math.comb(j + over, over) * share ** j for j in range(people + 1)]
+    for j, chance in enumerate(chances):
+        below += chance / sum(chances)
+        if below >= 0.999:
+            break
+    assert evaluate.allowed(over, strangers, people) == j
+
+
+@pytest.mark.parametrize("strangers, people", [(1000, 500), (300, 2000)])
+def test_strangers_are_over_what_is_allowed_once_in_a_thousand_times(strangers, people):
+    chance = np.random.default_rng(0)
+    cosines = chance.random((4000, strangers))
+    lines = np.quantile(cosines, 0.99, axis=1, keepdims=True)
+    over = (cosines > lines).sum(1)
+    assert {*over} == {strangers // 100}
+    found = chance.binomial(people, 1 - lines, (4000, 100))             # in a hundred sets for each line
+    too_many = (found > evaluate.allowed(strangers // 100, strangers, people)).mean()
+    assert 0.0001 < too_many < 0.002
 
 
 # ----------------------------------------------------------------------------------------------- leak verdict
 
-def test_an_identity_leaks_if_most_of_its_images_are_near_one_and_the_same_person():
-    labels, person = torch.arange(100).repeat_interleave(20), torch.arange(2000) % 50
-    cosine = torch.zeros(2000)
-
-    def over(*chosen):
-        """Images of identity 0 that resemble person 7, of identity 1 that resemble person 8, and so on."""
-        cosine[:], near = 0.0, person.clone()
-        for identity, count in enumerate(chosen):
-            first = 20 * identity
-            cosine[first:first + count], near[first:first + count] = 0.9, 7 + identity
-        return evaluate.identities_over(labels, (cosine, near), 0.5)
-    assert over() == 0
-    assert over(10) == 0 and over(11) == 1                  # half is not most
-    assert over(11, 20, 10, 15) == 3
-    by_chance = evaluate.identities_over(labels, (cosine, person), 0.5)
-    assert by_chance == 0                                   # as many, but near as many people
-    cosine[:] = 0.5
-    assert evaluate.identities_over(labels, (cosine, person * 0), 0.5) == 0         # at the line is below it
+def test_people_over_a_line_and_images_are_counted_and_copies_are_never_allowed():
+    near = lambda *cosines: (torch.tensor(cosines), torch.zeros(len(cosines)))
+    found = {"person": near(0.5, 0.6), "centre": near(0.9, 0.9, 0.9, 0.5, 0.0, 0.0), "image": near(*[0.0] * 6),
+             "copy": near(*[0.9] * 6), "somebody": near(0.5, 0.6)}
+    strangers = {test: near(*[0.4] * 90, *[0.8] * 10) for test in found}
+    strangers["somebody"] = near(*[0.1] * 50)
+    lines = {test: 0.5 for test in found}                   # at the line is below it
+    tests = evaluate.leak_tests(found, strangers, lines)
+    assert {test: row["over"] for test, row in tests.items()} == dict(person=1, centre=3, image=0, copy=6, somebody=1)
+    people = evaluate.allowed(10, 100, 2)
+    expected = dict(person=people, centre=3 * people, image=3 * people, copy=0, somebody=evaluate.allowed(0, 50, 2))
+    assert {test: row["allowed"] for test, row in tests.items()} == expected
+    assert all(row["line"] == 0.5 for row in tests.values())
 
 
-@pytest.mark.parametrize("clause, clean", [
-    ("centre", 100),            # at most 1 % of the images are near a person,
-    ("image", 100),             # or near an image;
-    ("identities", 10),         # at most 0.5 % of the identities, with most of their images, one person;
-    ("copy", 1)])               # at most one image in 10,000 is a copy
-def test_each_clause_of_the_verdict_on_both_sides_of_its_limit(clause, clean):
-    labels = torch.arange(2000).repeat(5)                   # 10,000 images of 2,000 identities
-    f = units(10_000, 6)
-    quality = torch.rand(10_000)
-    drawn = face_set(f, labels, quality=quality)
-    thresholds = {"centre": 0.5, "image": 0.6, "copy": 0.9}
-    nobody = torch.zeros(10_000, dtype=torch.long)
-
-    def judged(count):
-        found = {}
-        for test, line in thresholds.items():
-            found[test] = torch.full([10_000], line), nobody
-        over = torch.arange(count)                          # each of another identity
-        if clause == "identities":
-            over = torch.cat([over, over + 2000, over + 4000])          # three of five images
-        test = "centre" if clause == "identities" else clause
-        found[test][0][over] = 0.95
-        return evaluate.report_row(drawn, found, thresholds, Prototypes(3, 0, 6))
-    assert judged(clean)["leakage"]["verdict"] == "clean"
-    row = judged(clean + 1)
-    leakage = row.pop("leakage")
-    assert leakage["verdict"] == "leaks"
-    numbers = {"centre": "images_over", "image": "images_over_image", "copy": "copies",
-               "identities": "identities_over"}
-    assert leakage[numbers[clause]] == clean + 1
-    lines = [leakage[key] for key in ("threshold", "image_threshold", "copy_threshold")]
-    assert lines == [*thresholds.values()] and same(leakage["median"], 0.5)
-
-    C, S = evaluate.consistency_separability(f, labels)
-    D = evaluate.diversity(quality, labels)
-    assert row == dict(identities=2000, images=10_000, consistency=C, separability=S, diversity=D)
-    found = {test: (torch.zeros(10_000), nobody) for test in thresholds}
-    published = evaluate.report_row(drawn, found, thresholds, Prototypes(0, 0, 6))
-    assert published["diversity"] is None                   # it has no head for quality
+@pytest.mark.parametrize("change, verdict", [
+    ({}, "clean"),
+    (dict(copies=1), "leaks"), (dict(person=3), "clean"), (dict(person=4), "leaks"), (dict(somebody=1), "leaks"),
+    (dict(misaligned=0.1), "clean"), (dict(misaligned=0.11), "not aligned"), (dict(misaligned=-0.11), "not aligned"),
+    (dict(misaligned=None), "clean"), (dict(recognised=0.5), "clean"), (dict(recognised=0.49), "judge too weak"),
+    (dict(independent=False), "not independent"), (dict(independent=False, recognised=0.1), "judge too weak"),
+    (dict(independent=False, recognised=0.1, misaligned=1.0), "not aligned"),
+    (dict(independent=False, recognised=0.1, misaligned=1.0, person=4), "leaks")])
+def test_each_clause_of_the_verdict_on_both_sides_of_its_limit(change, verdict):
+    case = dict(copies=0, person=0, somebody=0, misaligned=0.0, recognised=0.9, independent=True) | change
+    tests = {"person": dict(over=case["person"], allowed=3), "copy": dict(over=case["copies"], allowed=0),
+             "somebody": dict(over=case["somebody"], allowed=0)}
+    leakage = dict(tests=tests, misaligned=case["misaligned"], recognised=case["recognised"])
+    assert evaluate.verdict_of(leakage, case["independent"]) == verdict
 
 
-@pytest.mark.parametrize("spread", [1.0, 0.02])
-def test_a_judge_names_copies_even_if_it_has_collapsed(spread):
-    """All embeddings nearly one point: the line that 99 % of strangers keep would let copies by, alone."""
+def test_a_row_on_quality_is_of_a_whole_set():
+    labels = torch.randint(20, (100,))
+    drawn = face_set(units(100, 6), labels, quality=torch.rand(100))
+    C, S = evaluate.consistency_separability(drawn.f, labels)
+    row = dict(identities=20, images=100, consistency=C, separability=S)
+    D = evaluate.diversity(drawn.quality, labels)
+    assert evaluate.quality_row(drawn, Prototypes(3, 0, 6)) == row | dict(diversity=D)
+    published = evaluate.quality_row(drawn, Prototypes(0, 0, 6))
+    assert published == row | dict(diversity=None)          # it has no head for quality
+
+
+def somebodies(count):
+    """Directions of people (I, 128), who differ in a quarter of the dimensions."""
+    return F.pad(units(count, 32), (0, 96))
+
+
+def photographs(people, counts, noise=0.6):
+    """The FaceSet of as many photographs, which differ in all dimensions, of people (I, 128)."""
+    counts = torch.as_tensor(counts).expand(len(people))
+    labels = torch.arange(len(people)).repeat_interleave(counts)
+    f = unit(people[labels] + noise * units(len(labels), 128))
+    return face_set(f, labels, thumbs=units(len(labels), 256))
+
+
+def judged(drawn, real, unseen=None):
+    """What an independent judge says of a set that is aligned: the verdict and its row."""
+    _, leakage = evaluate.judge_set(drawn, real, unseen)
+    return evaluate.verdict_of(leakage | {"misaligned": 0}, True), leakage
+
+
+FEW_AND_MANY = torch.tensor([20] * 100 + [2] * 900)         # images of a person, as benchmarks have them
+
+
+def test_a_judgement_against_its_definitions():
+    people = somebodies(60)
+    real, unseen = photographs(people, 6), photographs(somebodies(50), 4)
+    drawn = photographs(torch.cat([people[:5], somebodies(30)]), 4)
+    found, leakage = evaluate.judge_set(drawn, real, unseen)
+    assert found["somebody"] is found["person"]
+    wanted = torch.full((35,), 4)
+    strangers, halves = evaluate.strangers_to(real, wanted, unseen), evaluate.genuine(real, wanted)
+    lines = {test: evaluate.lines_of(strangers)[test] for test in ("person", "centre", "image", "copy")}
+    lines["somebody"] = np.median(halves)                   # nearer than most people are to themselves
+    assert leakage["tests"] == evaluate.leak_tests(found, strangers, lines)
+    assert leakage["recognised"] == pytest.approx((halves > lines["person"]).float().mean().item())
+    mistaken = (strangers["person"][0] > lines["somebody"]).float().mean().item()
+    assert leakage["mistaken"] == pytest.approx(mistaken)
+    assert leakage["strangers"] == 50 and leakage["copies"] == 0
+    assert leakage["tests"]["somebody"]["over"] >= 4
+
+
+@pytest.mark.parametrize("counts", [1, 20, torch.arange(200) % 20 + 1], ids=["one", "twenty", "mixed"])
+@pytest.mark.parametrize("seed", range(3))
+def test_strangers_do_not_leak_however_many_images_they_have(seed, counts):
+    torch.manual_seed(seed)
+    real, unseen = photographs(somebodies(400), 2), photographs(somebodies(1000), FEW_AND_MANY)
+    verdict, leakage = judged(photographs(somebodies(200), counts), real, unseen)
+    assert verdict == "clean"
+    assert leakage["tests"]["person"]["over"] < 20 and leakage["recognised"] > 0.9
+
+
+@pytest.mark.parametrize("counts", [1, 4])
+@pytest.mark.parametrize("share", [10, 20, 200])
+def test_other_photographs_of_real_people_leak(share, counts):
+    people = somebodies(400)
+    real, unseen = photographs(people, 2), photographs(somebodies(1000), FEW_AND_MANY)
+    drawn = photographs(torch.cat([people[:share], somebodies(200 - share)]), counts)
+    verdict, leakage = judged(drawn, real, unseen)
+    assert verdict == "leaks" and leakage["copies"] == 0
+    assert leakage["tests"]["person"]["over"] >= share - 1
+    assert leakage["tests"]["somebody"]["over"] >= 0.8 * share
+
+
+def test_a_judge_s_own_people_are_no_measure_of_strangers():
+    """Training has pushed them apart: new people come nearer to them than they to each other."""
+    apart = torch.eye(128)
+    real, drawn = photographs(apart, 6, noise=0.3), photographs(units(400, 128), 6, noise=0.3)
+    unseen = photographs(units(200, 128), 6, noise=0.3)
+    assert judged(drawn, real)[0] == "leaks"
+    assert judged(drawn, real, unseen)[0] == "clean"
+
+
+def test_a_judge_that_knows_few_people_again_is_too_weak():
+    real, drawn = photographs(somebodies(200), 2, noise=3.0), photographs(somebodies(100), 2, noise=3.0)
+    verdict, leakage = judged(drawn, real)
+    assert verdict == "judge too weak" and leakage["recognised"] < 0.5
+    alone = photographs(somebodies(200), 1)                 # nobody's other image is there to know again
+    verdict, leakage = judged(photographs(somebodies(100), 1), alone)
+    assert verdict == "judge too weak" and leakage["tests"]["somebody"]["line"] == 1
+
+
+@pytest.mark.parametrize("real, people, whole, copies", [(6000, 10_000, 50, 0), (6000, 10_000, 0, 1),
+                                                         (10_000, 120_000, 600, 0), (10_000, 120_000, 0, 600)])
+def test_whole_people_and_copies_are_seen_among_many(real, people, whole, copies):
+    """No more is allowed of them because a set is larger."""
+    near = lambda values: (values, torch.zeros(len(values)))
+    def seen(whole, copies):
+        cosine, copied = torch.rand(people) / 2, torch.zeros(5 * people)
+        cosine[:whole], copied[:copies] = 0.8, 0.95
+        return {"person": near(cosine), "copy": near(copied), "somebody": near(cosine)}
+    strangers = {test: near(torch.rand(real) / 2) for test in ("person", "copy", "somebody")}
+    lines = {"person": 0.495, "copy": 0.9, "somebody": 0.7}
+    for expected, planted in (("clean", (0, 0)), ("leaks", (whole, copies))):
+        tests = evaluate.leak_tests(seen(*planted), strangers, lines)
+        assert evaluate.verdict_of(dict(tests=tests, misaligned=None, recognised=1.0), True) == expected
+
+
+def test_a_judge_names_copies_even_if_it_has_collapsed():
+    """All embeddings are nearly one point, from which it learns nothing; copies are seen without it."""
+    point = units(64)
+    close = lambda count, spread: unit(point + spread * units(count, 64))
     labels = torch.arange(40).repeat_interleave(5)
-    collapsed = spread < 1
-    point = units(64) * collapsed
-    people = unit(point + spread * units(40, 64))
-    f = unit(people[labels] + 0.05 * torch.randn(200, 64))
-    real = face_set(f, labels, thumbs=units(200, 256))
-    strangers = evaluate.resemblance(real, real, labels)
-    thresholds, cap = evaluate.thresholds_of(real, strangers)
-    assert (thresholds["image"] == cap) == collapsed        # the cap bites
-
-    strange = unit(point + 0.4 * torch.randn(98, 64))
-    planted = torch.cat([strange, f[[17, 4]]])
+    real = face_set(unit(close(40, 0.02)[labels] + 0.05 * torch.randn(200, 64)), labels, thumbs=units(200, 256))
+    planted = torch.cat([close(99, 0.3), real.f[[17]]])
     planted = face_set(planted, torch.arange(100), thumbs=units(100, 256))
-    planted.thumbs[98] = mirrored(real.thumbs[17])
-    found = evaluate.resemblance(planted, real)
-    row = evaluate.report_row(planted, found, thresholds, Prototypes(40, 0, 64))
-    assert row["leakage"]["verdict"] == "leaks" and row["leakage"]["copies"] == 1
-    rows = [[*row] for row in evaluate.offenders(planted, found, thresholds, real)]
-    assert ["98.jpg", "image", "1.0000", "p3", "17.jpg"] in rows
-    assert ["98.jpg", "copy", "1.0000", "p3", "17.jpg"] in rows
-    assert ["99.jpg", "image", "1.0000", "p0", "4.jpg"] in rows
-    centre = found["centre"][0][98].item()
-    assert ["98.jpg", "centre", f"{centre:.4f}", "p3", ""] in rows
+    assert judged(planted, real)[0] != "clean"
+    planted.thumbs[99] = mirrored(real.thumbs[17])
+    verdict, leakage = judged(planted, real)
+    assert verdict == "leaks" and leakage["copies"] == 1
+    found, _ = evaluate.judge_set(planted, real, None)
+    rows = [[*row] for row in evaluate.offenders(planted, found, leakage["tests"], real)]
+    assert ["99.jpg", "copy", "1.0000", "p3", "17.jpg"] in rows
 
 
 def test_the_picture_of_the_nearest_shows_each_above_its_real_image(tmp_path, monkeypatch):
@@ -2554,13 +2710,21 @@ def test_the_picture_of_the_nearest_shows_each_above_its_real_image(tmp_path, mo
 
 
 def test_offenders_are_told_with_their_files():
-    drawn = face_set(units(3, 6), torch.arange(3), index=torch.tensor([5, 3, 4]))
+    """Of a person its name and the real person's; of an image its file and the real image's."""
+    drawn = face_set(units(3, 6), torch.tensor([0, 1, 1]), index=torch.tensor([5, 3, 4]))
     real = face_set(units(4, 6), torch.tensor([1, 0, 1, 2]), index=torch.tensor([7, 9, 8, 6]))
-    found = {"centre": (torch.tensor([0.5, 0.75, 0]), torch.tensor([0, 2, 0])),
-             "image": (torch.tensor([0.75, 0.5, 0]), torch.tensor([2, 0, 0]))}
-    rows = [*evaluate.offenders(drawn, found, dict(centre=0.5, image=0.5), real)]
-    assert rows[0] == ["3.jpg", "centre", "0.7500", "p2", ""]           # at the line is below it
-    assert rows[1:] == [["5.jpg", "image", "0.7500", "p1", "8.jpg"]]
+    found = {"person": (torch.tensor([0.5, 0.75]), torch.tensor([0, 2])),
+             "centre": (torch.tensor([0.5, 0.75, 0]), torch.tensor([0, 2, 0])),
+             "image": (torch.tensor([0.75, 0.5, 0]), torch.tensor([2, 0, 0])),
+             "copy": (torch.tensor([0, 0, 0.75]), torch.tensor([0, 0, 3])),
+             "somebody": (torch.tensor([0.5, 0.75]), torch.tensor([0, 2]))}
+    tests = {test: dict(line=0.5) for test in found}        # at the line is below it
+    rows = [*evaluate.offenders(drawn, found, tests, real)]
+    assert rows == [["p1", "person", "0.7500", "p2", ""],
+                    ["3.jpg", "centre", "0.7500", "p2", ""],
+                    ["5.jpg", "image", "0.7500", "p1", "8.jpg"],
+                    ["4.jpg", "copy", "0.7500", "p2", "6.jpg"],
+                    ["p1", "somebody", "0.7500", "p2", ""]]
 
 
 def test_a_table_leaves_out_what_is_nested_and_marks_what_is_unknown():
@@ -2574,7 +2738,7 @@ def test_a_table_leaves_out_what_is_nested_and_marks_what_is_unknown():
 
 
 class Audit:
-    """A folder with a recogniser of four people, sets that evaluate.py judges, and given thresholds."""
+    """A folder with a recogniser of four people and sets that evaluate.py judges, by given lines."""
 
     def __init__(self, cwd, monkeypatch):
         self.cwd, self.monkeypatch = cwd, monkeypatch
@@ -2585,16 +2749,32 @@ class Audit:
             save_set(cwd / name, random_images(6, 32), 3, torch.rand(6, 5, 2))
         names = [f"person {i}" for i in range(4)]
         for name in ("fr", "fr-other"):
-            tiny_recogniser(cwd / "runs" / name, names, data=["faces"])
+            tiny_recogniser(cwd / "runs" / name, names, data=[str(cwd / "faces")])
 
-    def __call__(self, *flags, code=0, line=2.0, cap=0.5):
+    def __call__(self, *flags, code=0, line=2.0, genuine=3.0):
         """Runs evaluate.py, where only copies are found if the line is 2; what it prints, report, leaks."""
-        lines = {"centre": line, "image": line, "copy": 0.99}
-        self.monkeypatch.setattr(evaluate, "thresholds_of", lambda *_: (lines, cap))
+        lines = {"person": line, "centre": line, "image": line, "copy": 0.99}
+        self.monkeypatch.setattr(evaluate, "lines_of", lambda _: lines)
+        self.monkeypatch.setattr(evaluate, "genuine", lambda *_: torch.tensor([genuine]))
         printed = here("evaluate.py", *flags, cwd=self.cwd, code=code)
         with open(self.cwd / "runs/report/leaks.csv") as file:
             leaks = [*csv.DictReader(file)]
         return printed, json.loads((self.cwd / "runs/report/report.json").read_text()), leaks
+
+    def strict(self, verdict, name="new", left_out=0, **options):
+        """Whether --strict passes a set, which gets this verdict."""
+        code = 0 if verdict == "clean" and not left_out else 3
+        printed, report, _ = self("--datasets", name, "--strict", code=code, **options)
+        leakage = report["datasets"][name]["leakage"]
+        assert (leakage["verdict"], leakage["left_out"]) == (verdict, left_out)
+        assert f"{name}: {verdict}\n" in printed and f"left out: {left_out}." in printed
+        return printed
+
+    def made_by(self, recogniser, name="new"):
+        """Marks a set as drawn with a recogniser of runs/."""
+        settings = {"real_to": None, "fr": model.digest(self.cwd / "runs" / recogniser)}
+        (self.cwd / name / "run.json").write_text(json.dumps(settings))
+        (self.cwd / name / "manifest.csv").touch()
 
 
 @pytest.fixture
@@ -2608,40 +2788,138 @@ def test_each_set_has_its_own_verdict_and_one_leak_is_enough_for_strict(audit):
     verdicts = {name: row["leakage"]["verdict"] for name, row in report["datasets"].items()}
     assert verdicts == dict(new="clean", copied="leaks", last="clean")
     assert report["judge"] == "runs/fr" and report["models"] == {}
-    assert report["real"]["leakage"]["verdict"] == "baseline"
-    assert report["real"]["images"] == 12
-    assert report["real"]["leakage"]["copies"] == 0         # not of themselves
-    found = [(row["dataset"], row["file"], row["test"], row["image"]) for row in leaks]
+    assert report["real"]["images"] == 12 and report["real"]["identities"] == 4
+    found = [(row["dataset"], row["what"], row["test"], row["image"]) for row in leaks]
     originals = ["person 0/0.png", "person 0/1.png", "person 0/2.png", "person 1/0.png"]
     for i, row in enumerate(found):
         file = f"copied/person {i // 2}/{i % 2}.png"
-        assert row == ("copied", file, "copy", f"faces/{originals[i]}")
+        assert row == ("copied", file, "copy", f"{audit.cwd}/faces/{originals[i]}")
     assert len(found) == 4
     pictures = [name for name in contents(audit.cwd / "runs/report") if name.endswith(".jpg")]
     assert sorted(pictures) == [f"{i}-{name}/closest.jpg" for i, name in enumerate(sets[1:], 1)]
-    assert "CAP" not in printed and "cap 0.500" in printed and "Accuracy" not in printed
-    for text in ("the real faces", "copied", "leaks", "baseline", "separability", "identities_over"):
+    for text in ("the real faces", "copied: leaks", "new: clean", "separability", "4 strangers (of the real people",
+                 "Alignment: not checked", "takes 0.00%", "recognises 100%"):
         assert text in printed
+    assert "Accuracy" not in printed
     assert (audit.cwd / "runs/report/report.md").read_text() in printed
 
     audit(*sets)                                            # without --strict, a leak is only reported
     audit("--datasets", "new", "--strict")
     assert not audit("--datasets", "copied", "--real", "strange", "--strict")[2]
-    assert "CAP APPLIES" in audit("--datasets", "new", cap=2.0)[0]
+    assert {row["test"] for row in audit("--datasets", "new", line=-1.0)[2]} == {"person", "centre", "image"}
 
 
-def test_by_default_the_sampled_set_is_judged_by_the_first_recogniser(audit, capsys):
+def test_strict_passes_only_what_is_clean_and_complete(audit, monkeypatch):
+    audit.strict("clean")
+    audit.strict("leaks", "copied")
+    assert "recognises 0%" in audit.strict("judge too weak", genuine=1.5)       # the line is 2
+    Image.new("RGB", (32, 32)).save(audit.cwd / "new/top.png")
+    (audit.cwd / "new/person 0/.hidden.png").touch()
+    audit.strict("clean", left_out=2)
+    (audit.cwd / "strange/person 0/1.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="cannot be read"):             # once it is looked at
+        audit.strict("clean", "strange", left_out=1)
+    audit.made_by("fr", "last")
+    audit.made_by("fr-other", "last")
+    audit.strict("clean", "last")                           # the other one judges
+    (audit.cwd / "runs/fr/model.safetensors").unlink()
+    audit.strict("not independent", "last")
+
+
+@pytest.mark.parametrize("share, verdict", [(0.34, "clean"), (0.16, "clean"), (0.36, "not aligned"),
+                                            (0.14, "not aligned")])
+def test_a_set_that_is_less_or_more_aligned_than_real_faces_is_not_clean(audit, monkeypatch, share, verdict):
+    """Of the real faces a quarter is called misaligned: what counts is the difference."""
+    seen = []
+
+    def misaligned(faces, weights):
+        seen.append((Path(faces.roots[0]).name, weights))
+        return 0.25 if len(seen) == 1 else share
+    monkeypatch.setattr(retinaface, "misaligned", misaligned)
+    monkeypatch.setattr(retinaface, "weights_at_hand", lambda: "fetched.pth")
+    assert f"Alignment: {share - 0.25:+.0%} of images" in audit.strict(verdict)
+    assert seen == [("faces", "fetched.pth"), ("new", "fetched.pth")]
+    audit("--datasets", "new", "--weights", "named.pth")
+    assert seen[-1] == ("new", "named.pth")
+
+
+def test_who_had_a_part_in_a_set_does_not_judge_it_if_there_is_another(audit):
+    audit.made_by("fr")
+    printed, report, _ = audit("--datasets", "new", "last")
+    assert report["judge"] == "runs/fr-other" and "judged by runs/fr-other" in printed
+    assert audit("--datasets", "last")[1]["judge"] == "runs/fr"         # the first
+    edit(audit.cwd / "runs/fr-other", data=[str(audit.cwd / "new")])    # was trained on it
+    _, report, _ = audit("--datasets", "new", "last")
+    assert report["judge"] == "runs/fr"                     # nobody is left: the first
+    verdicts = {name: row["leakage"]["verdict"] for name, row in report["datasets"].items()}
+    assert verdicts == dict(new="not independent", last="clean")
+
+
+def test_who_had_a_part_in_a_set(audit):
+    (audit.cwd / "link").symlink_to(audit.cwd / "last")
+    meta = dict(data=[str(audit.cwd / "link")], sha256="a digest")
+    part = lambda name, **changed: evaluate.had_part(meta | changed, audit.cwd / name)
+    assert part("last") and part("link") and not part("new")            # its training data
+    assert not part("last", data=None)
+    audit.made_by("fr")
+    assert not part("new") and part("new", sha256=model.digest(audit.cwd / "runs/fr"))
+    assert not evaluate.had_part(dict(data=None), audit.cwd / "new")    # published weights
+
+
+def test_a_set_is_not_compared_with_itself_and_not_judged_by_who_was_trained_on_it(audit):
+    (audit.cwd / "link").symlink_to("faces")
+
+    def refused(*flags):
+        printed = here("evaluate.py", "--datasets", *flags, cwd=audit.cwd, code=2)
+        assert "among the real faces" in printed and not (audit.cwd / "runs/report").exists()
+    refused("faces")
+    refused("link")                                         # by another name
+    refused("new", "faces", "--real", "strange")
+    refused("new", "--real", "strange", "new/../new")
+    edit(audit.cwd / "runs/fr", data=[str(audit.cwd / "link")])
+    refused("faces", "--real", "strange")
+
+
+def test_strangers_are_the_people_of_benchmarks_for_the_judge_s_own_people(audit):
+    pairs = random_images(80, 16).view(20, 4, 3, 16, 16)
+    toys.write_bin(audit.cwd / "held.bin", pairs, 100, torch.Generator())
+    asked, strangers_to = [], evaluate.strangers_to
+
+    def spy(real, wanted, unseen=None):
+        asked.append(unseen)
+        return strangers_to(real, wanted, unseen)
+    audit.monkeypatch.setattr(evaluate, "strangers_to", spy)
+    (audit.cwd / "link").symlink_to("faces")
+    for flags, whose in (([], "of the benchmarks"), (["--real", "link"], "of the benchmarks"),
+                         (["--real", "strange"], "of the real people, each to the others")):
+        asked.clear()
+        report = audit("--datasets", "new", "--pairs", "held.bin", *flags)[1]
+        assert report["strangers"] == whose and (asked[0] is None) == (flags[-1:] == ["strange"])
+        if asked[0]:
+            distinct = data.read_benchmark(audit.cwd / "held.bin", 16)[0].unique(dim=0)
+            assert len(asked[0].f) == len(distinct)
+    assert audit("--datasets", "new", "--pairs")[1]["strangers"].startswith("of the real people")
+
+
+def test_tables_are_printed_before_anything_is_written(audit):
+    """Where the report's folder cannot be written, hours of embedding are not lost."""
+    audit.monkeypatch.setattr(evaluate, "write_csv", lambda *_: model.fail("no space left"))
+    printed = here("evaluate.py", "--datasets", "new", cwd=audit.cwd, code=2)
+    assert printed.index("Quality of datasets") < printed.index("new: ") < printed.index("no space left")
+    assert not (audit.cwd / "runs/report/report.json").exists()
+
+
+def test_by_default_the_sampled_set_is_judged_by_the_first_recogniser(audit):
     shutil.copytree(audit.cwd / "new", audit.cwd / "runs/virtual")
     nothing = here("evaluate.py", cwd=audit.cwd, code=2)    # it is not complete
     assert "no set to judge" in nothing
-    for name in ("run.json", "manifest.csv"):
-        (audit.cwd / "runs/virtual" / name).write_text('{"real_to": null}')
-    assert [*audit()[1]["datasets"]] == ["runs/virtual"]
+    audit.made_by("fr", "runs/virtual")
+    _, report, _ = audit("--fr", "runs/fr")
+    assert [*report["datasets"]] == ["runs/virtual"]
     assert audit("--fr", "runs/fr-other", "runs/fr")[1]["judge"] == "runs/fr-other"
 
     edit(audit.cwd / "runs/fr", data=[])                    # as of published weights
-    assert "no set to judge" in here("evaluate.py", cwd=audit.cwd, code=2)
-    asked = here("evaluate.py", "--datasets", "new", cwd=audit.cwd, code=2)
+    asked = here("evaluate.py", "--fr", "runs/fr", "--datasets", "new", cwd=audit.cwd, code=2)
     assert "name real faces with --real" in asked
 
 
@@ -2650,7 +2928,7 @@ def test_an_unfinished_run_is_left_out_of_the_report_aloud(audit):
     printed, report, _ = audit("--datasets", "new")
     assert "runs/fr-big: left out, because its training is not finished" in printed
     assert report["judge"] == "runs/fr"
-    assert "left out" not in audit("--fr", "runs/fr", "--datasets", "new")[0]
+    assert "fr-big" not in audit("--fr", "runs/fr", "--datasets", "new")[0]
 
 
 def test_benchmarks_are_the_named_ones_or_those_of_the_recogniser(audit, monkeypatch):
@@ -3310,11 +3588,13 @@ def test_the_report_of_the_pipeline(pipeline):
     row = report["datasets"]["runs/virtual"]
     assert {*row} >= {"consistency", "separability", "diversity"}
     assert row["images"] == 15 and row["identities"] == 5
+    assert report["real"]["images"] == 96
     leakage = row["leakage"]
-    over = max(leakage["images_over"], leakage["images_over_image"])
-    leaks = over > 0.01 * 15 or leakage["identities_over"] > 0.005 * 5 or leakage["copies"] > 1e-4 * 15
-    assert leakage["verdict"] == ("leaks" if leaks else "clean")
-    assert report["real"]["leakage"]["verdict"] == "baseline"
+    assert [*leakage["tests"]] == ["person", "centre", "image", "copy", "somebody"]
+    # Both recognisers had a part: one rejected pictures, one was trained on those that are left.
+    assert leakage["verdict"] == evaluate.verdict_of(leakage, False) != "clean"
+    assert leakage["strangers"] == 20 and report["strangers"] == "of the benchmarks"
+    assert leakage["misaligned"] is None and leakage["left_out"] == 0
     assert any(name.endswith("closest.jpg") for name in contents(cwd / "runs/report"))
 
 
@@ -3322,16 +3602,18 @@ def test_the_first_recogniser_judges_sets_against_its_own_faces(pipeline, monkey
     monkeypatch.chdir(pipeline[0])
     report = json.loads(Path("runs/report/report.json").read_text())
     assert report["judge"] == "runs/fr"
-    backbone, prototypes, _ = model.load_recogniser("runs/fr")
+    backbone, prototypes, meta = model.load_recogniser("runs/fr")
     real = evaluate.embed_faces(backbone, prototypes, data.Faces(["faces"]))
     drawn = evaluate.embed_faces(backbone, prototypes, data.Faces(["runs/virtual"]))
-    strangers = evaluate.resemblance(real, real, real.labels)
-    thresholds, _ = evaluate.thresholds_of(real, strangers)
-    found = evaluate.resemblance(drawn, real)
-    row = evaluate.report_row(drawn, found, thresholds, prototypes)
+    unseen = evaluate.embed_benchmarks(backbone, {"held": "faces/held.bin"})
+    _, leakage = evaluate.judge_set(drawn, real, unseen)
     written = report["datasets"]["runs/virtual"]
-    assert written.pop("leakage") == pytest.approx(row.pop("leakage"), abs=1e-4)
-    assert written == pytest.approx(row, abs=1e-4)
+    tests, expected = written["leakage"].pop("tests"), leakage.pop("tests")
+    for test, row in expected.items():
+        assert tests[test] == pytest.approx(row, abs=1e-4)
+    assert {key: written["leakage"][key] for key in leakage} == pytest.approx(leakage, abs=1e-4)
+    del written["leakage"]
+    assert written == pytest.approx(evaluate.quality_row(drawn, prototypes), abs=1e-4)
 
 
 def test_a_stage_refuses_what_is_not_its_own_or_unfinished_before_it_writes(copied):
@@ -3401,27 +3683,27 @@ def test_landmarks_are_found_on_the_way_and_kept_beside_the_run(tmp_path, monkey
 
 def test_one_planted_copy_in_a_hundred_images_is_caught(copied):
     """As it is, mirrored, with other colours, encoded anew: with the right person and file."""
-    def audit(code):
-        here("evaluate.py", "--datasets", "set", "--strict", "--out", "out", cwd=copied, code=code)
+    def copies():
+        here("evaluate.py", "--datasets", "set", "--out", "out", cwd=copied)
         with open(copied / "out/leaks.csv") as file:
-            return list(csv.DictReader(file))
+            rows = [row for row in csv.DictReader(file) if row["test"] == "copy"]
+        report = json.loads((copied / "out/report.json").read_text())
+        return report["datasets"]["set"]["leakage"]["verdict"], rows
     torch.manual_seed(9)
     folder(copied / "set", 50, 2)
-    for row in audit(code=3):                               # a hundredth of strangers are over a line:
-        (copied / row["file"]).unlink(missing_ok=True)      # without them the set is clean
-    assert not audit(code=0)
-    assert '"verdict": "clean"' in (copied / "out/report.json").read_text()
+    verdict, rows = copies()
+    assert verdict != "leaks" and not rows
 
     original = sorted((copied / "faces").glob("*/*.png"))[5]
     image = pil_to_tensor(data.open_image(original))
     encoded = pil_to_tensor(data.open_image(io.BytesIO(jpeg(image, quality=80))))
     for copy in (image, image.flip(2), image[[2, 0, 1]], encoded):
         to_pil_image(copy).save(copied / "set/person 0/copy.png")
-        row, = [row for row in audit(code=3) if row["test"] == "copy"]
-        assert row["file"] == "set/person 0/copy.png"
+        verdict, (row,) = copies()
+        assert verdict == "leaks"
+        assert row["what"] == "set/person 0/copy.png"
         assert row["person"] == original.parent.name
         assert row["image"].endswith(str(original.relative_to(copied)))
-    assert '"verdict": "leaks"' in (copied / "out/report.json").read_text()
 
 
 def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pipeline, monkeypatch):
@@ -3772,6 +4054,7 @@ BAD_INPUT = [
     ("evaluate.py --pairs runs", "runs: no such file; --val and --pairs", None),
     ("fr_train.py --data faces --val faces/landmarks.csv", "tools/pairs.py makes one", None),
     ("evaluate.py --fr runs/fr --real set", "two people or more", of_faces(1, 4)),
+    ("evaluate.py --datasets faces", "faces: it is among the real faces", None),
     ("evaluate.py --datasets --strict", "no set to judge", None)]
 
 

@@ -134,6 +134,8 @@ def people_of_pairs(benchmarks):
         lowest = labels[pairs].amin(1).repeat_interleave(2)
         labels.scatter_reduce_(0, pairs.flatten(), lowest, "amin")
     return distinct, labels.unique(return_inverse=True)[1]
+
+
 def decode_bin(path, size):
     """Images uint8 (2P, 3, S, S) of a .bin; whether images 2p and 2p + 1 are one person (P,)."""
     decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
