@@ -247,7 +247,7 @@ def tail(cosines, line):
     """
     start = quantile(cosines, 0.9)
     excess = cosines[cosines > start].double() - start
-    if line <= start:
+    if line <= start or not len(excess):
         return (cosines > line).double().mean().item()
     return len(excess) / len(cosines) * (1 + (line - start) / excess.sum().item()) ** -len(excess)
 
