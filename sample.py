@@ -171,7 +171,7 @@ def write_batch(out, jobs, images, verdicts, f):
         list(pool.map(write, verdicts, images))
 
     accepted = [verdict.verdict == "accepted" for verdict in verdicts]
-    rows, person = np.unique(np.array([job.row for job in jobs])[accepted], return_inverse=True)
+    rows, person = np.unique(np.array([job.row for job in jobs], np.int32)[accepted], return_inverse=True)
     sums = np.zeros((len(rows), f.shape[1]), np.int32)          # whole numbers: sums in any order are equal
     np.add.at(sums, person, (f[accepted].numpy() * 2 ** 20).round().astype(np.int32))
     first = jobs[0]
@@ -290,7 +290,7 @@ def main():
     W, n = prototypes.to_draw(), len(prototypes.real)
     names = [*fr["names"], *(f"{fr['sha256'][:6]}-{i:06d}" for i in range(len(W) - n))]
     faces = Faces(args.real or fr["data"], dit.size, flag="--real")
-    if not args.real and faces.digest() != meta["data"]:
+    if not args.real and faces.digest() != meta.get("data"):
         fail(f"{args.dit}: trained on other faces than {args.fr}; name all that are real with --real")
     print(f"real: {len(faces)} images of {len(faces.people)} people in {', '.join(map(str, faces.roots))}")
     rows = rows_of(faces.people, names)                         # of W, for each label

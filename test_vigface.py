@@ -1175,8 +1175,25 @@ def test_free_prototypes_are_drawn_as_they_were_trained(tmp_path, monkeypatch):
         _, prototypes, _ = model.load_recogniser(tmp_path / name)
         left = same(prototypes.to_draw()[4:], unit(prototypes.virtual))
         assert left == (name == "paper") == (not prototypes.settled.any())
-    nobody = "--data faces --epochs 1 --virtual 0"          # settles
-    here("fr_train.py", *nobody.split(), cwd=tmp_path)
+    nobody = "--data faces --epochs 1 --virtual 0"          # neither settles, nor has room for anybody
+    assert "room" not in here("fr_train.py", *nobody.split(), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_stage_1_tells_how_near_virtual_prototypes_are_to_real_ones(paper):
+    prototypes = randomise(Prototypes(7, 5, 4, paper=paper))
+    prototypes.settle(torch.eye(4) / 4)
+    trained, drawn = prototypes.unit().tolist(), prototypes.to_draw().tolist()
+    real = drawn[:7]
+
+    def numbers(people):
+        """Mean, 99 % and largest, of the cosines to the nearest of other real prototypes."""
+        cosines = [max(np.dot(w, other) for other in real if other != w) for w in people]
+        return [np.mean(cosines), np.quantile(cosines, 0.99), max(cosines)]
+    line = fr_train.room(prototypes)
+    for title, people in (("real people", real), ("as trained", trained[7:]), ("as drawn", drawn[7:])):
+        found = re.search(rf"{title} (\S+) / (\S+) / (\S+)", line).groups()
+        assert same([*map(float, found)], numbers(people), 6e-4), title
 
 
 def test_stage_1_tells_mean_losses_since_the_last_line(tmp_path, monkeypatch):
@@ -1195,7 +1212,8 @@ def test_stage_1_tells_mean_losses_since_the_last_line(tmp_path, monkeypatch):
         return nothing + next(count), nothing + 2, nothing + 3
     monkeypatch.setattr(fr_train, "vigface_loss", losses)
     here("fr_train.py", "--data", "faces", "--epochs", 60, cwd=tmp_path)
-    lines = (tmp_path / "runs/fr/log.txt").read_text().splitlines()
+    *lines, room = (tmp_path / "runs/fr/log.txt").read_text().splitlines()
+    assert room.startswith("room: ")
     for line, epoch, real in zip(lines, (50, 60), (50.5, 110.5), strict=True):
         assert line.startswith(f"epoch {epoch}/60 ")
         assert f"real {real:.3f} virtual 2.000 certainty 3.000  pairs 75.00%" in line
@@ -1326,15 +1344,16 @@ def test_stage_2_trains_as_this_loop_does(tmp_path, monkeypatch):
     dit, average, losses = naive_stage_2(faces, sizes, backbone, own_w, steps, 5, lr, seed)
     tensors, meta = model.load_model(tmp_path / "runs/dit", "dit")
     assert meta["fr_sha256"] == model.digest(tmp_path / "runs/fr")
+    assert meta["data"] == faces.digest()                   # which says neither where they are, nor who
     for (name, _), mean in zip(dit.named_parameters(), average):
         assert same(tensors[f"dit.{name}"], mean), name
     assert torch.equal(tensors["poses.landmarks"], faces.landmarks)
 
     names = [name for name, _, _ in previews]
     assert names == [f"preview-{step:06d}.jpg" for step in (10, 20, 30, 40, 50, 58)]
-    _, drawn, (w, poses, seen_seed) = previews[-1]
+    _, drawn, (w, poses, seen_seed, real) = previews[-1]
     assert all(map(same, drawn, average))
-    assert torch.equal(w, W[[0, 1, 2, 3, 5, 6, 7, 8]])      # four real people and four virtual ones
+    assert torch.equal(w, W[[0, 1, 2, 3, 5, 6, 7, 8]]) and real == 4    # four of each; the real are not shown
     assert torch.equal(poses, faces.landmarks) and seen_seed == seed
     lines = [line for line in printed.splitlines() if "loss v" in line]
     for i, line in enumerate(lines):
@@ -1450,7 +1469,7 @@ def test_a_stopped_stage_1_continues_to_the_same_bytes(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(fr_train, "person_moment", fails)
         ended("failed")
-    assert torch.load(tmp_path / "failed/state.pt")["step"] == 11       # all but the last step is saved
+    assert torch.load(tmp_path / "failed/state.pt")["step"] == 12       # what is left is done again
     assert ended("failed") == whole
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -1548,7 +1567,7 @@ def claimed(out, roots=(), stage="fr", **flags):
     model.claim(out, stage, Namespace(out=out, data=["faces"], **flags), faces, val=None)
 
 
-def test_a_folder_belongs_to_one_run(tmp_path, capsys):
+def test_a_folder_belongs_to_one_run(tmp_path, monkeypatch, capsys):
     used = tmp_path / "used"
     for name in ("used", "used", "empty", "begun"):         # anew, once more, empty, killed at the start
         if name in ("empty", "begun"):
@@ -1565,6 +1584,12 @@ def test_a_folder_belongs_to_one_run(tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").touch()
     assert "something else" in stops(capsys, claimed, tmp_path / "other")
+
+    def fails(path):
+        raise OSError("a disk that is for reading only")
+    monkeypatch.setattr(model, "replacing", fails)
+    with pytest.raises(OSError, match="reading only"):      # said before a run continues
+        claimed(used, steps=3)
 
 
 def test_a_run_lies_outside_of_its_data(tmp_path, monkeypatch, capsys):
@@ -1593,12 +1618,6 @@ def test_a_finished_model_is_left_alone(tmp_path, capsys):
     assert "something else" in stops(capsys, claimed, tmp_path / "run")
     del before["run/run.json"]
     assert before == contents(tmp_path)
-
-    def fails(path):
-        raise OSError("a disk that is for reading only")
-    monkeypatch.setattr(model, "replacing", fails)
-    with pytest.raises(OSError, match="reading only"):      # said before a run continues
-        model.claim(used, settings)
 
 
 def test_a_killed_run_gets_back_its_step_its_modules_and_its_log(tmp_path, capsys):
@@ -1768,6 +1787,9 @@ def test_previews_show_people_in_the_same_poses(tmp_path, monkeypatch):
     monkeypatch.setattr(dit_train, "dpm_solver", solver)
     monkeypatch.setattr(dit_train, "autocast", contextlib.nullcontext)
     monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
+    shown, save_image = [], dit_train.save_image
+    spy = lambda images, *given, **options: shown.append(images) or save_image(images, *given, **options)
+    monkeypatch.setattr(dit_train, "save_image", spy)
     dit, backbone = SimpleNamespace(size=4), Linear()
     people, landmarks = units(7, 6), torch.rand(30, 5, 2)
     path = tmp_path / "preview.jpg"
@@ -1799,6 +1821,13 @@ def test_previews_show_people_in_the_same_poses(tmp_path, monkeypatch):
         assert path.read_bytes() == before                  # steps compare: one noise for all
         dit_train.preview(path, dit, backbone, people, landmarks, 8)
         assert path.read_bytes() != before
+
+        # Real people are measured, but not shown.
+        found = dit_train.preview(path, dit, backbone, people, landmarks, 7, real=4)
+        assert torch.equal(found, cosines) and torch.equal(shown[-1], shown[0][4 * 8:])
+        path.unlink()
+        found = dit_train.preview(path, dit, backbone, people, landmarks, 7, real=7)
+        assert torch.equal(found, cosines) and not path.exists()
 
 
 # --------------------------------------------------------------------------------------------------- sampling
@@ -1894,9 +1923,13 @@ def test_a_picture_is_judged_against_every_other_real_person_and_image(monkeypat
         naive.append([own, centre, image])
     naive = torch.tensor(naive)
 
+    centres = torch.stack([unit(real.f[labels == person].mean(0)) for person in range(n)])
+
     def judged(centre, image):
-        thresholds = {"centre": centre, "image": image, "copy": -1.0}
-        return sample.judge(backbone, W, real, thresholds, jobs, images)
+        known = sample.Real(real.f, labels, centres, dict(centre=centre, image=image, person=-1.0))
+        verdicts, found = sample.judge(backbone, W, known, jobs, images)
+        assert same(found, unit(f))                         # their sum judges the person
+        return verdicts
     verdicts = judged(0.5, 0.6)
     columns = ["cos_own", "cos_nearest_real", "cos_nearest_image"]
     found = [[float(getattr(verdict, column)) for column in columns] for verdict in verdicts]
@@ -1913,8 +1946,8 @@ def test_a_picture_is_judged_against_every_other_real_person_and_image(monkeypat
         expected = ["leak" if cosine > line else "accepted" for cosine in cosines]
         assert [verdict.verdict for verdict in judged(**lines)] == expected
 
-    near = dict.fromkeys(["centre", "image"], (torch.full([7], 0.5), None))
-    monkeypatch.setattr(sample, "resemblance", lambda *_: near)         # at the line is below it
+    near = torch.full([7], 0.5)
+    monkeypatch.setattr(sample, "nearest", lambda *_: (near, None))     # at the line is below it
     assert {verdict.verdict for verdict in judged(0.5, 0.5)} == {"accepted"}
 
 
@@ -1925,14 +1958,27 @@ def told(name, index, attempt, verdict="leak", pose=0, own=0.5):
     return sample.Verdict(file, name, *numbers, verdict, str(own), "0.1", "0.2")
 
 
-def tell(out, name, verdicts):
-    """Keeps verdicts as a rank does."""
-    data.write_csv(out / ".verdicts" / name, sample.Verdict._fields, verdicts)
+PEOPLE = ["ann", "bob", "cy"]                                # of rows 0 to 2
+
+
+def tell(out, name, verdicts, f=(1, 0, 0)):
+    """Keeps verdicts as a rank does, of pictures that all have the unit embedding f."""
+    data.write_csv(out / ".verdicts" / f"{name}.csv", sample.Verdict._fields, verdicts)
+    accepted = [verdict.identity for verdict in verdicts if verdict.verdict == "accepted"]
+    rows = [[row, *(accepted.count(PEOPLE[row]) * 2 ** 20 * np.array(f))] for row in range(3)]
+    np.save(out / f".verdicts/{name}.npy", np.array(rows, np.int32))
+
+
+def real_people(**lines):
+    """Two of them, of rows 1 and 2, who are far from everybody of `tell` and from each other."""
+    f = torch.eye(3)[1:]
+    centres = torch.cat([torch.zeros(1, 3), f])
+    return sample.Real(f, torch.tensor([1, 2]), centres, dict(centre=2.0, image=2.0, person=0.5) | lines)
 
 
 def test_what_is_left_to_draw_follows_from_the_verdicts(tmp_path, monkeypatch):
-    tell(tmp_path, "1.csv", [told("ann", 0, 1), told("ann", 0, 0), told("ann", 1, 0, "accepted")])
-    tell(tmp_path, "2.csv", [told("of another rank", 0, 0)])
+    tell(tmp_path, "1", [told("ann", 0, 1), told("ann", 0, 0), told("ann", 1, 0, "accepted")])
+    tell(tmp_path, "2", [told("of another rank", 0, 0)])
     made = sample.attempts_made(tmp_path, {"ann": 3, "bob": 1})
     assert made.tolist() == [[2, 5, 0], [0, 5, 5]]          # bob gets one picture
     assert sample.attempts_made(tmp_path, {}).size == 0     # there are more ranks than people
@@ -1954,21 +2000,54 @@ def test_pictures_that_are_too_near_are_drawn_five_times():
     assert attempts == sorted([0, 1, 2, 3, 4] * 4)
 
 
-def test_accepted_pictures_are_written_before_their_verdicts(tmp_path, monkeypatch):
-    images = random_images(4, 16)                           # the batch has two images more
-    jobs = [sample.Job(3, "ann", 7, 1, 0), sample.Job(3, "ann", 8, 1, 0)]
-    verdicts = [told("ann", 7, 1, "accepted"), told("ann", 8, 1)]
+def test_accepted_pictures_and_sums_are_written_before_their_verdicts(tmp_path, monkeypatch):
+    images, f = random_images(6, 16), units(4, 5)           # the batch has two images more
+    jobs = [sample.Job(row, name, 7 + i, 1, 0) for i, (row, name) in enumerate([(3, "ann")] * 3 + [(2, "bob")])]
+    verdicts = [told("ann", 7, 1, "accepted"), told("ann", 8, 1), told("ann", 9, 1, "accepted")]
+    verdicts.append(told("bob", 10, 1, "accepted"))
     write_csv = data.write_csv
 
-    def spy(*given):
-        assert (tmp_path / "ann/0007.jpg").is_file()        # a killed run has no verdict without a picture
+    def spy(*given):                                        # a killed run has no verdict without these
+        assert (tmp_path / "ann/0007.jpg").is_file() and (tmp_path / ".verdicts/3-7-1.npy").is_file()
         write_csv(*given)
     monkeypatch.setattr(sample, "write_csv", spy)
-    sample.write_batch(tmp_path, jobs, images, verdicts)
+    sample.write_batch(tmp_path, jobs, images, verdicts, f)
     files = contents(tmp_path)
-    assert {*files} == {"ann/0007.jpg", ".verdicts/3-7-1.csv"}
-    assert files["ann/0007.jpg"] == jpeg(images[0], quality=95, subsampling=0)
+    pictures = ["ann/0007.jpg", "ann/0009.jpg", "bob/0010.jpg"]
+    assert {*files} == {*pictures, ".verdicts/3-7-1.csv", ".verdicts/3-7-1.npy"}
+    for name, i in zip(pictures, (0, 2, 3)):
+        assert files[name] == jpeg(images[i], quality=95, subsampling=0)
     assert [*sample.verdicts_of(tmp_path)] == verdicts
+
+    # Row and sum of each person's accepted pictures, in 2 ** -20, so that no order of adding matters.
+    sums = np.load(tmp_path / ".verdicts/3-7-1.npy")
+    assert sums.dtype == np.int32 and sums[:, 0].tolist() == [2, 3]
+    assert same(sums[:, 1:] / 2 ** 20, torch.stack([f[3], f[0] + f[2]]), 2e-6)
+
+
+def test_a_batch_of_which_nothing_is_accepted_has_no_sums(tmp_path):
+    jobs = [sample.Job(3, "ann", 7, 4, 0)]
+    sample.write_batch(tmp_path, jobs, random_images(1, 16), [told("ann", 7, 4)], units(1, 3))
+    assert np.load(tmp_path / ".verdicts/3-7-4.npy").shape == (0, 4)
+    assert sample.too_near_together(tmp_path, real_people(), PEOPLE + ["virtual"]) == set()
+
+
+def test_a_person_is_near_whose_pictures_together_are(tmp_path):
+    """Over all batches; a real person is not compared with itself (--real-to)."""
+    real = real_people()                                    # rows 1 and 2 are real
+    near = lambda: sample.too_near_together(tmp_path, real, PEOPLE)
+    tell(tmp_path, "1", [told("ann", 0, 0, "accepted")], f=(0.8, 0.6, 0))
+    assert near() == {"ann"}                                # 0.6
+    tell(tmp_path, "2", [told("ann", 1, 0, "accepted"), told("bob", 0, 0, "accepted")], f=(0.8, -0.6, 0))
+    assert near() == set()                                  # ann's sum is (1.6, 0, 0)
+    tell(tmp_path, "3", [told("ann", 2, 0, "accepted")] * 3, f=(0, 0.6, 0.8))
+    assert near() == {"ann"}                                # (1.6, 1.8, 2.4)
+    tell(tmp_path, "4", [told("bob", 1, 0, "accepted")] * 9, f=(0, 1, 0))
+    assert near() == {"ann"}                                # bob is nearest to bob
+    tell(tmp_path, "5", [told("bob", 2, 0, "accepted")] * 9, f=(0, 0, 1))
+    assert near() == {"ann", "bob"}
+    np.save(tmp_path / ".verdicts/6.npy", np.array([[2, 0, 2 ** 20, 0]], np.int32))
+    assert near() == {"ann", "bob"}                         # killed before the verdicts were written
 
 
 def grey(path, level, size=16):
@@ -1984,22 +2063,23 @@ def test_a_set_is_completed_once_every_picture_is_drawn(tmp_path, monkeypatch, c
     accepted += [told("ann", 1, 0, "accepted", pose=3, own=0.3)]
     for verdict in accepted:
         grey(out / verdict.file, 99)
-    tell(out, "b.csv", [told("bob", 0, i) for i in range(4)] + accepted[::-1])
-    tell(out, "c.csv", [told("ann", 0, 0)] + accepted)      # two ranks drew the same
-    sample.finish(out, 3, poses, 16)
-    assert "this rank is done" in capsys.readouterr().out
-    assert {*contents(out)} == {"ann/0000.jpg", "ann/0001.jpg", ".verdicts/b.csv", ".verdicts/c.csv"}
+    tell(out, "b", [told("bob", 0, i) for i in range(4)] + accepted[::-1])
+    tell(out, "c", [told("ann", 0, 0)] + accepted)          # two ranks drew the same
+    finish = lambda: sample.finish(out, 3, poses, 16, real_people(), PEOPLE)
+    before = contents(out)
+    finish()
+    assert "this rank is done" in capsys.readouterr().out and contents(out) == before
 
-    tell(out, "a.csv", [told("bob", 0, 4)])
+    tell(out, "a", [told("bob", 0, 4)])
     draw_grid = sample.draw_grid
 
     def spy(*given):
         assert not (out / "manifest.csv").exists()          # it says that the set is complete
         draw_grid(*given)
     monkeypatch.setattr(sample, "draw_grid", spy)
-    sample.finish(out, 3, poses, 16)
+    finish()
     said = capsys.readouterr().out
-    assert said.startswith("WARNING: over half") and "2 images; 6 too near a real person, 1 left out" in said
+    assert said.startswith("WARNING: over half") and "2 images; 6 too near a real person, 1 left out, 0" in said
     assert "own prototype 0.400" in said
     rows = [(row["file"], row["attempt"], row["verdict"]) for row in manifest(out)]
     assert rows == [("ann/0000.jpg", "0", "leak"), ("ann/0000.jpg", "1", "accepted"),
@@ -2009,14 +2089,45 @@ def test_a_set_is_completed_once_every_picture_is_drawn(tmp_path, monkeypatch, c
     assert {*contents(out)} == {"ann/0000.jpg", "ann/0001.jpg", "grid.jpg", "landmarks.csv", "manifest.csv"}
 
 
+def test_a_person_who_is_too_near_is_left_out_of_a_set_aloud(tmp_path, monkeypatch, capsys):
+    """Here bob, whose pictures are accepted one by one; a run that is killed meanwhile ends alike."""
+    poses = torch.rand(9, 5, 2)
+    for out in (tmp_path / "whole", tmp_path / "killed"):
+        tell(out, "a", [told("ann", i, 0, "accepted", own=0.5) for i in range(2)])
+        bob = [told("bob", 0, 0), told("bob", 0, 1, "accepted", own=0.9), told("bob", 1, 0, "accepted", own=0.9)]
+        tell(out, "b", bob, f=(0, 0, 1))
+        for i, name in enumerate(("ann", "bob")):
+            for index in range(2):
+                grey(out / f"{name}/000{index}.jpg", 40 + 160 * i)
+        if out.name == "killed":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(sample, "draw_grid", interrupted)
+                sample.finish(out, 4, poses, 16, real_people(), PEOPLE)
+        sample.finish(out, 4, poses, 16, real_people(), PEOPLE)
+        said = capsys.readouterr().out
+        assert "2 images; 1 too near a real person, 2 left out, 1 people among them; " in said
+        assert "own prototype 0.500" in said
+    assert contents(out) == contents(tmp_path / "whole")
+    assert {*contents(out)} == {"ann/0000.jpg", "ann/0001.jpg", "grid.jpg", "landmarks.csv", "manifest.csv"}
+    assert [row["verdict"] for row in manifest(out)] == ["accepted"] * 2 + ["person"] * 3
+    assert not (out / "bob").exists() and len(data.read_csv(out / "landmarks.csv")) == 3
+    grid = data.open_image(out / "grid.jpg")
+    assert grid.size == (2 * 18 + 2, 18 + 2) and np.asarray(grid).max() < 60        # ann alone
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_set_of_which_half_was_rejected_is_no_cause_for_alarm_and_one_of_nothing_is(tmp_path, capsys):
+    poses = torch.rand(1, 5, 2)
     half, nothing = tmp_path / "half", tmp_path / "nothing"
-    tell(half, "a.csv", [told("ann", 0, 0), told("ann", 0, 1, "accepted")])
+    tell(half, "a", [told("ann", 0, 0), told("ann", 0, 1, "accepted")])
     grey(half / "ann/0000.jpg", 99)
-    sample.finish(half, 1, torch.rand(1, 5, 2), 16)
+    sample.finish(half, 1, poses, 16, real_people(), PEOPLE)
     assert "WARNING" not in capsys.readouterr().out
-    tell(nothing, "a.csv", [told("ann", 0, i) for i in range(5)])
-    said = stops(capsys, sample.finish, nothing, 1, torch.rand(1, 5, 2), 16)
+    tell(nothing, "a", [told("ann", 0, i) for i in range(5)])
+    said = stops(capsys, sample.finish, nothing, 1, poses, 16, real_people(), PEOPLE)
     assert "every picture" in said and not (nothing / "manifest.csv").exists()
 
 
@@ -2052,7 +2163,7 @@ def test_real_people_are_filled_up_and_virtual_ones_begin_with_the_first(capsys)
     assert "expected 1 to 3" in stops(capsys, lambda: wanted(virtual=4))
 
 
-def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path, monkeypatch):
+def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path):
     """People without a prototype come after all who have one."""
     save_set(tmp_path / "faces", random_images(8, 16), 2, torch.rand(8, 5, 2))
     faces = data.Faces([tmp_path / "faces"])
@@ -2060,26 +2171,34 @@ def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path, monke
     after = rows[1].item()
     assert rows.tolist() == [2, after, 3, 0] and after >= 4
     prototypes = randomise(Prototypes(4, 3, 6))
-    monkeypatch.setattr(sample, "thresholds_of", lambda real, strangers: (strangers, 1.0))
-    real, found = sample.embed_real(Linear(16), prototypes, faces, rows)
+    wanted = torch.tensor([2, 2, 2])
+    real = sample.embed_real(Linear(16), prototypes, faces, rows, wanted)
     assert real.labels.tolist() == [2, 2, after, after, 3, 3, 0, 0]
-    assert real.thumbs is None                              # drawn pictures are no copies
-    strangers = evaluate.resemblance(real, real, real.labels)
-    for test in ("centre", "image"):                        # nobody is a stranger to themselves
-        assert torch.equal(found[test][0], strangers[test][0])
+    for row, centre in enumerate(real.centres):             # the first person after all rows is nobody
+        of_row = real.f[real.labels == row]
+        assert same(centre, unit(of_row.sum(0)) if len(of_row) else torch.zeros(6))
+    strangers = evaluate.strangers_to(evaluate.FaceSet(real.f, real.labels), wanted)
+    assert real.lines == evaluate.lines_of(strangers)
+    assert {*real.lines} >= {"person", "centre", "image"}
+    assert max(real.lines.values()) < 0.999                 # nobody is a stranger to themselves
+
+
+def far(patch, line=2.0):
+    """Sets all lines of sample.py by hand; at 2 nothing is too near."""
+    patch.setattr(sample, "lines_of", lambda _: dict(centre=line, image=line, person=2.0))
 
 
 @pytest.fixture
 def studio(tmp_path, monkeypatch):
-    """A folder with a recogniser of three people, a DiT, and faces; thresholds that reject nothing."""
+    """A folder with a recogniser of three people, a DiT, and faces; nothing is too near."""
     save_set(tmp_path / "faces", random_images(7, 16), 3, torch.rand(7, 5, 2))          # one of person 2
     tiny_recogniser(tmp_path / "runs/fr", [f"person {i}" for i in (2, 0, 1)], data=["faces"])
     dit = randomise(DiT(16, dim=6, width=16, depth=1, heads=2), 0.1)
     tensors = {"dit": dit.state_dict(), "poses": {"landmarks": torch.rand(9, 5, 2)}}
     digest = model.digest(tmp_path / "runs/fr")
-    model.save_model(tmp_path / "runs/dit", "dit", dit.config, tensors, fr_sha256=digest)
-    thresholds = dict(centre=2.0, image=2.0)
-    monkeypatch.setattr(sample, "thresholds_of", lambda *_: (thresholds, 1.0))
+    meta = dict(fr_sha256=digest, data=data.Faces([tmp_path / "faces"]).digest())
+    model.save_model(tmp_path / "runs/dit", "dit", dit.config, tensors, **meta)
+    far(monkeypatch)
     return tmp_path
 
 
@@ -2136,9 +2255,8 @@ def test_real_people_are_filled_up_to_a_number_of_images(studio):
 
 def test_of_two_samplers_of_a_set_both_end_well(studio, monkeypatch, capsys):
     """Here the other one completes the set while this one writes its first batch, or its last."""
+    monkeypatch.setattr(sample, "until_stopped", lambda items, _: enumerate(items))     # it has no signals
     for count in (1, 2):
-        monkeypatch.undo()
-        monkeypatch.setattr(sample, "thresholds_of", lambda *_: (dict(centre=2.0, image=2.0), 1.0))
         write_csv, left = sample.write_csv, itertools.count(1)
 
         def other(path, *given):
@@ -3236,9 +3354,9 @@ def test_workers_that_fail_or_are_killed_are_one_line(tmp_path, monkeypatch, cap
                 os.kill(worker.pid, signal.SIGKILL)
     assert NO_MEMORY in stops(capsys, model.run, kill)
 
-    def fails(path, _):
+    def fails(path):
         raise PermissionError(13, "Permission denied", path)
-    monkeypatch.setattr(data, "open_stored", fails)
+    monkeypatch.setattr(data, "open_image", fails)
     line = stops(capsys, model.run, lambda: [*faces.loader(order)])
     assert line.startswith("error: PermissionError: [Errno 13] Permission denied: '")
     assert "person" in line and len(line) < 400
@@ -3738,8 +3856,7 @@ def sampled(pipeline, where, *arguments, line=2.0, **options):
     runs = pipeline[0] / "runs"
     flags = ["--dit", runs / "dit", "--fr", runs / "fr", "--real", pipeline[0] / "faces", "--out", "set"]
     with pytest.MonkeyPatch.context() as patch:
-        thresholds = {"centre": line, "image": line}
-        patch.setattr(sample, "thresholds_of", lambda *_: (thresholds, 1.0))
+        far(patch, line)
         here("sample.py", *SAMPLE, *arguments, *flags, cwd=where, **options)
     return contents(where / "set")
 
