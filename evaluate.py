@@ -401,16 +401,15 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
     """The report on `datasets`, by one recogniser, and the rows of leaks.csv."""
     from tools.retinaface import misaligned, weights_at_hand
     backbone, prototypes, meta = recogniser
-    sources = args.real or meta["data"]
-    if not sources:
-        fail(f"{judge}: unknown what it was trained on; name real faces with --real")
+    if not args.real:
+        fail("unknown what the first recogniser was trained on; name real faces with --real")
     trained_on = resolved(meta["data"])
-    known = resolved(sources) & trained_on
+    known = resolved(args.real) & trained_on
     for name in datasets:
-        if Path(name).resolve() in trained_on | resolved(sources):
+        if Path(name).resolve() in trained_on | resolved(args.real):
             fail(f"{name}: it is among the real faces, or {judge} was trained on it; name others with --real, --fr")
     size = backbone.config["size"]
-    real = embed_faces(backbone, prototypes, Faces(sources, size, flag="--real"))
+    real = embed_faces(backbone, prototypes, Faces(args.real, size, flag="--real"))
     people = len(real.faces.people)
     if people < 2:
         fail("--real: expected two people or more; with one, strangers are unknown")
@@ -456,7 +455,9 @@ def main():
     others = [folder for folder, (_, _, meta) in recognisers.items()
               if not any(had_part(meta, name) for name in datasets)]
     judge = (others or folders)[0]
-    benchmarks = find_benchmarks(recognisers[judge][2]["val"] if args.pairs is None else args.pairs)
+    first = recognisers[folders[0]][2]
+    args.real = args.real or first["data"]          # the judge's own may be virtual people
+    benchmarks = find_benchmarks(first["val"] if args.pairs is None else args.pairs)
     if not datasets and (args.strict or not benchmarks):
         fail("there is no set to judge: sample one, name one with --datasets, or benchmarks with --pairs")
 

@@ -2848,6 +2848,9 @@ def test_who_had_a_part_in_a_set_does_not_judge_it_if_there_is_another(audit):
     printed, report, _ = audit("--datasets", "new", "last")
     assert report["judge"] == "runs/fr-other" and "judged by runs/fr-other" in printed
     assert audit("--datasets", "last")[1]["judge"] == "runs/fr"         # the first
+    edit(audit.cwd / "runs/fr-other", data=[str(audit.cwd / "strange")])            # virtual people, say:
+    printed, report, _ = audit("--datasets", "new")
+    assert report["judge"] == "runs/fr-other" and f"4 people in {audit.cwd}/faces" in printed  # not its own
     edit(audit.cwd / "runs/fr-other", data=[str(audit.cwd / "new")])    # was trained on it
     _, report, _ = audit("--datasets", "new", "last")
     assert report["judge"] == "runs/fr"                     # nobody is left: the first
