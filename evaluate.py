@@ -313,14 +313,13 @@ def offenders(data, found, tests, real):
             yield [name, test, f"{cosine[i]:.4f}", people[person], image]
 
 
-def draw_closest(path, data, found, real):
-    """Writes a picture of the eight images nearest to a real image, above the real images."""
+def closest(data, found, real):
+    """The eight images nearest to a real image, and then the real images, (16, 3, S, S) in [0, 1]."""
     cosine, which = found["image"]
     top = cosine.argsort(descending=True)[:8]
     images = [data.faces[i][0] for i in data.index[top.cpu()]]
     images += [real.faces[i][0] for i in real.index[which[top].cpu()]]
-    with replacing(path) as temporary:
-        save_image(torch.from_numpy(np.stack(images)) / 255, temporary, "JPEG", nrow=len(top))
+    return torch.from_numpy(np.stack(images)) / 255
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -398,7 +397,7 @@ def had_part(meta, name):
 
 
 def judge_sets(args, judge, recogniser, benchmarks, datasets):
-    """The report on `datasets`, by one recogniser, and the rows of leaks.csv."""
+    """The report on `datasets`, by one recogniser, the rows of leaks.csv, and {name: `closest`}."""
     from tools.retinaface import misaligned, weights_at_hand
     backbone, prototypes, meta = recogniser
     if not args.real:
@@ -421,7 +420,7 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
     unseen = embed_benchmarks(backbone, benchmarks) if known and benchmarks else None
     report = {"judge": judge, "strangers": "of the benchmarks" if unseen else "of the real people, each to the others",
               "real": quality_row(real, prototypes), "datasets": {}}
-    leaks = []
+    leaks, pictures = [], {}
     for number, name in enumerate(datasets, 1):
         data = embed_faces(backbone, prototypes, Faces([name], size, flag="--datasets"))
         found, leakage = judge_set(data, real, unseen)
@@ -431,8 +430,8 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
         leakage["verdict"] = verdict_of(leakage, not had_part(meta, name))
         report["datasets"][name] = quality_row(data, prototypes) | {"leakage": leakage}
         leaks += ([name, *row] for row in offenders(data, found, leakage["tests"], real))
-        draw_closest(Path(args.out) / f"{number}-{Path(name).name}" / "closest.jpg", data, found, real)
-    return report, leaks
+        pictures[f"{number}-{Path(name).name}/closest.jpg"] = closest(data, found, real)
+    return report, leaks, pictures
 
 
 def main():
@@ -463,14 +462,17 @@ def main():
 
     averaged = averaged_of(benchmarks)
     models = verify(recognisers, benchmarks, averaged) if benchmarks else {}
-    report, leaks = {"datasets": {}}, []
+    report, leaks, pictures = {"datasets": {}}, [], {}
     if datasets:
-        report, leaks = judge_sets(args, judge, recognisers[judge], benchmarks, datasets)
+        report, leaks, pictures = judge_sets(args, judge, recognisers[judge], benchmarks, datasets)
     report["models"] = models
 
     text = describe(report, averaged)
     print(text)
     write_csv(out / "leaks.csv", ["dataset", "what", "test", "similarity", "person", "image"], leaks)
+    for name, images in pictures.items():
+        with replacing(out / name) as temporary:
+            save_image(images, temporary, "JPEG", nrow=len(images) // 2)
     for name, content in (("report.json", json.dumps(report, indent=1)), ("report.md", text)):
         with replacing(out / name) as temporary:
             temporary.write_bytes(content.encode(errors="backslashreplace"))

@@ -2688,7 +2688,7 @@ def test_a_judge_names_copies_even_if_it_has_collapsed():
     assert ["99.jpg", "copy", "1.0000", "p3", "17.jpg"] in rows
 
 
-def test_the_picture_of_the_nearest_shows_each_above_its_real_image(tmp_path, monkeypatch):
+def test_the_picture_of_the_nearest_shows_each_above_its_real_image():
     levels = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).numpy()
     drawn, real = torch.randperm(10), 20 + torch.randperm(10)
     faces = [(level, None) for level in levels]
@@ -2696,17 +2696,10 @@ def test_the_picture_of_the_nearest_shows_each_above_its_real_image(tmp_path, mo
     real_set = face_set(units(10, 6), torch.arange(10), faces=faces, index=real)
     which = torch.arange(10) * 3 % 10
     found = {"image": (torch.arange(10) / 10, which), "centre": (torch.rand(10), which * 0)}
-    shown = []
-
-    def save_image(grid, path, kind, nrow):
-        shown.append((grid, nrow))
-        path.touch()
-    monkeypatch.setattr(evaluate, "save_image", save_image)
-    evaluate.draw_closest(tmp_path / "new/closest.jpg", data_set, found, real_set)
-    (grid, nrow), = shown
+    images = evaluate.closest(data_set, found, real_set)
     top = [9, 8, 7, 6, 5, 4, 3, 2]                          # the nearest first
-    assert nrow == 8 and same(grid[:8, 0, 0, 0], drawn[top] / 255)
-    assert same(grid[8:, 0, 0, 0], real[which[top]] / 255)
+    assert same(images[:8, 0, 0, 0], drawn[top] / 255)
+    assert same(images[8:, 0, 0, 0], real[which[top]] / 255)
 
 
 def test_offenders_are_told_with_their_files():
@@ -2906,10 +2899,11 @@ def test_strangers_are_the_people_of_benchmarks_for_the_judge_s_own_people(audit
 
 def test_tables_are_printed_before_anything_is_written(audit):
     """Where the report's folder cannot be written, hours of embedding are not lost."""
-    audit.monkeypatch.setattr(evaluate, "write_csv", lambda *_: model.fail("no space left"))
+    for writer in ("write_csv", "replacing"):
+        audit.monkeypatch.setattr(evaluate, writer, lambda *_: model.fail("no space left"))
     printed = here("evaluate.py", "--datasets", "new", cwd=audit.cwd, code=2)
     assert printed.index("Quality of datasets") < printed.index("new: ") < printed.index("no space left")
-    assert not (audit.cwd / "runs/report/report.json").exists()
+    assert not (audit.cwd / "runs/report").exists()
 
 
 def test_by_default_the_sampled_set_is_judged_by_the_first_recogniser(audit):
