@@ -33,7 +33,7 @@ flag("--pairs", nargs="*", metavar="BIN", help="benchmarks (default: those of th
 flag("--datasets", nargs="*", metavar="DIR", help="sets to judge (default: runs/virtual if there)")
 flag("--real", nargs="+", metavar="DIR", help="real faces not to leak (default: the first recogniser's data)")
 flag("--strict", action="store_true", help="exit with code 3 unless every set is clean (default: report it)")
-flag("--weights", metavar="PATH", help="RetinaFace's, to see whether sets are aligned (default: those in runs/)")
+flag("--weights", metavar="PATH", help="RetinaFace's, to see whether sets are aligned (default: in runs/)")
 flag("--out", default="runs/report", metavar="DIR", help="report folder (default: %(default)s)")
 
 FIELD = {"lfw": "LFW", "cfp_fp": "CFP-FP", "cplfw": "CPLFW", "agedb_30": "AgeDB", "calfw": "CALFW"}
@@ -147,7 +147,7 @@ def diversity(quality, labels):
 
 
 def places(labels):
-    """Which image of its person each image (M,) is, from 0, and how many images this person has, (M,) each."""
+    """Which image of its person each image (M,) is, from 0, and how many images the person has, (M,) each."""
     order, count = labels.argsort(stable=True), torch.bincount(labels)
     first = (count.cumsum(0) - count)[labels[order]]
     place = torch.empty_like(labels)
@@ -171,7 +171,8 @@ def resemblance(faces, real, own=None):
     own = torch.full_like(faces.labels, -1) if own is None else own             # -1 is nobody's label
     whole, centres = centres_of(faces), centres_of(real)
     people = torch.arange(len(centres), device=own.device)
-    found = {"person": nearest(whole, centres, own.new_full((len(whole),), -1).scatter(0, faces.labels, own), people),
+    own_whole = own.new_full((len(whole),), -1).scatter(0, faces.labels, own)
+    found = {"person": nearest(whole, centres, own_whole, people),
              "centre": nearest(faces.f, centres, own, people),
              "image": nearest(faces.f, real.f, own, real.labels)}
     if faces.thumbs is not None:
@@ -241,7 +242,7 @@ def allowed(over, strangers, people):
 
 
 def leak_tests(found, strangers, lines):
-    """{test: {line, over, allowed}}: how many of a set are over each line, and how many may be; no copy may."""
+    """{test: {line, over, allowed}}: how many of a set are over each line, and may be; no copy may."""
     def over(near, test):
         return int((near[test][0] > lines[test]).sum())
 
@@ -299,7 +300,7 @@ def judge_set(data, real, unseen):
 
 
 def offenders(data, found, tests, real):
-    """Rows of leaks.csv for whatever is over a line: identity or file, test, cosine, real person, real image."""
+    """Rows of leaks.csv for what is over a line: identity or file, test, cosine, real person, real image."""
     people, labels = [*real.faces.people], real.labels.cpu()
     names = [*data.faces.people]
     for test, columns in found.items():
@@ -406,7 +407,7 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
     known = resolved(args.real) & trained_on
     for name in datasets:
         if Path(name).resolve() in trained_on | resolved(args.real):
-            fail(f"{name}: it is among the real faces, or {judge} was trained on it; name others with --real, --fr")
+            fail(f"{name}: it is among the real faces, or {judge} was trained on it; name other --real or --fr")
     size = backbone.config["size"]
     real = embed_faces(backbone, prototypes, Faces(args.real, size, flag="--real"))
     people = len(real.faces.people)
@@ -418,7 +419,8 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
 
     # Training has pushed the judge's own people apart, so then others must stand for strangers.
     unseen = embed_benchmarks(backbone, benchmarks) if known and benchmarks else None
-    report = {"judge": judge, "strangers": "of the benchmarks" if unseen else "of the real people, each to the others",
+    whose = "of the benchmarks" if unseen else "of the real people, each to the others"
+    report = {"judge": judge, "strangers": whose,
               "real": quality_row(real, prototypes), "datasets": {}}
     leaks, pictures = [], {}
     for number, name in enumerate(datasets, 1):

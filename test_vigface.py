@@ -2383,7 +2383,8 @@ def mirrored(thumb):
 def test_people_of_benchmarks_are_embedded_as_faces_are(monkeypatch):
     monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
     images, labels = random_images(300, 32), torch.randint(9, (300,))
-    monkeypatch.setattr(evaluate, "benchmark_people", lambda *asked: asked == ("benchmarks", 32) and (images, labels))
+    people = {("benchmarks", 32): (images, labels)}
+    monkeypatch.setattr(evaluate, "benchmark_people", lambda *asked: people[asked])
     backbone = Linear(32)
     backbone.config = dict(size=32)
     found = evaluate.embed_benchmarks(backbone, "benchmarks")
@@ -2508,7 +2509,8 @@ def test_lines_are_what_strangers_stay_below():
     assert "copy" not in evaluate.lines_of({"person": (values, index)})
 
 
-@pytest.mark.parametrize("over, strangers, people", [(0, 6000, 10_000), (10, 1000, 500), (2, 150, 20), (3, 300, 1)])
+@pytest.mark.parametrize("over, strangers, people", [(0, 6000, 10_000), (10, 1000, 500), (2, 150, 20),
+                                                     (3, 300, 1)])
 def test_what_is_allowed_is_the_bound_of_a_negative_binomial(over, strangers, people):
     share, below = people / (people + strangers), 0
     chances = [math.comb(j + over, over) * share ** j for j in range(people + 1)]
@@ -2535,25 +2537,29 @@ def test_strangers_are_over_what_is_allowed_once_in_a_thousand_times(strangers, 
 
 def test_people_over_a_line_and_images_are_counted_and_copies_are_never_allowed():
     near = lambda *cosines: (torch.tensor(cosines), torch.zeros(len(cosines)))
-    found = {"person": near(0.5, 0.6), "centre": near(0.9, 0.9, 0.9, 0.5, 0.0, 0.0), "image": near(*[0.0] * 6),
-             "copy": near(*[0.9] * 6), "somebody": near(0.5, 0.6)}
+    found = {"person": near(0.5, 0.6), "centre": near(0.9, 0.9, 0.9, 0.5, 0.0, 0.0),
+             "image": near(*[0.0] * 6), "copy": near(*[0.9] * 6), "somebody": near(0.5, 0.6)}
     strangers = {test: near(*[0.4] * 90, *[0.8] * 10) for test in found}
     strangers["somebody"] = near(*[0.1] * 50)
     lines = {test: 0.5 for test in found}                   # at the line is below it
     tests = evaluate.leak_tests(found, strangers, lines)
-    assert {test: row["over"] for test, row in tests.items()} == dict(person=1, centre=3, image=0, copy=6, somebody=1)
-    people = evaluate.allowed(10, 100, 2)
-    expected = dict(person=people, centre=3 * people, image=3 * people, copy=0, somebody=evaluate.allowed(0, 50, 2))
+    over = {test: row["over"] for test, row in tests.items()}
+    assert over == dict(person=1, centre=3, image=0, copy=6, somebody=1)
+    people, somebody = evaluate.allowed(10, 100, 2), evaluate.allowed(0, 50, 2)
+    expected = dict(person=people, centre=3 * people, image=3 * people, copy=0, somebody=somebody)
     assert {test: row["allowed"] for test, row in tests.items()} == expected
     assert all(row["line"] == 0.5 for row in tests.values())
 
 
 @pytest.mark.parametrize("change, verdict", [
     ({}, "clean"),
-    (dict(copies=1), "leaks"), (dict(person=3), "clean"), (dict(person=4), "leaks"), (dict(somebody=1), "leaks"),
-    (dict(misaligned=0.1), "clean"), (dict(misaligned=0.11), "not aligned"), (dict(misaligned=-0.11), "not aligned"),
-    (dict(misaligned=None), "clean"), (dict(recognised=0.5), "clean"), (dict(recognised=0.49), "judge too weak"),
-    (dict(independent=False), "not independent"), (dict(independent=False, recognised=0.1), "judge too weak"),
+    (dict(copies=1), "leaks"), (dict(somebody=1), "leaks"),
+    (dict(person=3), "clean"), (dict(person=4), "leaks"),
+    (dict(misaligned=None), "clean"), (dict(misaligned=0.1), "clean"),
+    (dict(misaligned=0.11), "not aligned"), (dict(misaligned=-0.11), "not aligned"),
+    (dict(recognised=0.5), "clean"), (dict(recognised=0.49), "judge too weak"),
+    (dict(independent=False), "not independent"),
+    (dict(independent=False, recognised=0.1), "judge too weak"),
     (dict(independent=False, recognised=0.1, misaligned=1.0), "not aligned"),
     (dict(independent=False, recognised=0.1, misaligned=1.0, person=4), "leaks")])
 def test_each_clause_of_the_verdict_on_both_sides_of_its_limit(change, verdict):
@@ -2655,11 +2661,13 @@ def test_a_judge_that_knows_few_people_again_is_too_weak():
     assert verdict == "judge too weak" and leakage["tests"]["somebody"]["line"] == 1
 
 
-@pytest.mark.parametrize("real, people, whole, copies", [(6000, 10_000, 50, 0), (6000, 10_000, 0, 1),
-                                                         (10_000, 120_000, 600, 0), (10_000, 120_000, 0, 600)])
+@pytest.mark.parametrize("real, people, whole, copies", [
+    (6000, 10_000, 50, 0), (6000, 10_000, 0, 1),
+    (10_000, 120_000, 600, 0), (10_000, 120_000, 0, 600)])
 def test_whole_people_and_copies_are_seen_among_many(real, people, whole, copies):
-    """No more is allowed of them because a set is larger."""
+    """No share of a set may be real people, however large it is."""
     near = lambda values: (values, torch.zeros(len(values)))
+
     def seen(whole, copies):
         cosine, copied = torch.rand(people) / 2, torch.zeros(5 * people)
         cosine[:whole], copied[:copies] = 0.8, 0.95
@@ -2676,7 +2684,8 @@ def test_a_judge_names_copies_even_if_it_has_collapsed():
     point = units(64)
     close = lambda count, spread: unit(point + spread * units(count, 64))
     labels = torch.arange(40).repeat_interleave(5)
-    real = face_set(unit(close(40, 0.02)[labels] + 0.05 * torch.randn(200, 64)), labels, thumbs=units(200, 256))
+    f = unit(close(40, 0.02)[labels] + 0.05 * torch.randn(200, 64))
+    real = face_set(f, labels, thumbs=units(200, 256))
     planted = torch.cat([close(99, 0.3), real.f[[17]]])
     planted = face_set(planted, torch.arange(100), thumbs=units(100, 256))
     assert judged(planted, real)[0] != "clean"
@@ -2790,8 +2799,8 @@ def test_each_set_has_its_own_verdict_and_one_leak_is_enough_for_strict(audit):
     assert len(found) == 4
     pictures = [name for name in contents(audit.cwd / "runs/report") if name.endswith(".jpg")]
     assert sorted(pictures) == [f"{i}-{name}/closest.jpg" for i, name in enumerate(sets[1:], 1)]
-    for text in ("the real faces", "copied: leaks", "new: clean", "separability", "4 strangers (of the real people",
-                 "Alignment: not checked", "takes 0.00%", "recognises 100%"):
+    for text in ("the real faces", "copied: leaks", "new: clean", "separability",
+                 "4 strangers (of the real people", "Alignment: not checked", "takes 0.00%", "recognises 100%"):
         assert text in printed
     assert "Accuracy" not in printed
     assert (audit.cwd / "runs/report/report.md").read_text() in printed
@@ -2843,7 +2852,8 @@ def test_who_had_a_part_in_a_set_does_not_judge_it_if_there_is_another(audit):
     assert audit("--datasets", "last")[1]["judge"] == "runs/fr"         # the first
     edit(audit.cwd / "runs/fr-other", data=[str(audit.cwd / "strange")])            # virtual people, say:
     printed, report, _ = audit("--datasets", "new")
-    assert report["judge"] == "runs/fr-other" and f"4 people in {audit.cwd}/faces" in printed  # not its own
+    assert report["judge"] == "runs/fr-other"
+    assert f"4 people in {audit.cwd}/faces" in printed      # not its own
     edit(audit.cwd / "runs/fr-other", data=[str(audit.cwd / "new")])    # was trained on it
     _, report, _ = audit("--datasets", "new", "last")
     assert report["judge"] == "runs/fr"                     # nobody is left: the first

@@ -164,7 +164,7 @@ def weights_at_hand():
 
 
 def misaligned(faces, weights):
-    """The share of `faces`, of 300 at most, that are not aligned, as the detector with these weights sees them.
+    """The share of `faces`, of 300 at most, that are not aligned, as a detector with these weights sees it.
 
     Aligned crops were made by a similarity that carries landmarks to the template. So in whatever pose a head
     is, a second one finds nothing to change. Of train112's images 0.7 % are called misaligned, of CFP's, half
@@ -172,7 +172,8 @@ def misaligned(faces, weights):
     """
     detector = load_detector(weights, ".")
     some = torch.linspace(0, len(faces) - 1, min(300, len(faces))).long()
-    points = torch.cat([crop_landmarks(detector, images.to(DEVICE)) for images, _ in faces.scan(some, "aligned?")])
+    scan = faces.scan(some, "aligned?")
+    points = torch.cat([crop_landmarks(detector, images.to(DEVICE)) for images, _ in scan])
     scale, _ = similarity(TEMPLATE, points)
     moved = (points - TEMPLATE).mean(1).norm(dim=1)
     aligned = ((scale[:, 0] - 1).abs() <= 0.15) & (moved <= 0.06)       # both are NaN where there is no face

@@ -682,8 +682,9 @@ def as_detected(angle=0.0, zoom=1.0, shift=0.0):
 
 @pytest.mark.parametrize("change, expected", [
     ({}, 0), (dict(zoom=1.1), 0), (dict(angle=5), 0), (dict(shift=0.05), 0),
-    (dict(zoom=1.3), 1), (dict(zoom=0.75), 1), (dict(angle=20), 1), (dict(angle=-20), 1), (dict(shift=0.07), 1)])
-def test_an_aligned_face_has_its_landmarks_where_the_template_has_them(monkeypatch, tmp_path, change, expected):
+    (dict(zoom=1.3), 1), (dict(zoom=0.75), 1), (dict(angle=20), 1), (dict(angle=-20), 1),
+    (dict(shift=0.07), 1)])
+def test_an_aligned_face_has_its_landmarks_where_they_belong(monkeypatch, tmp_path, change, expected):
     folder(tmp_path / "faces", 2, 2)
     points = as_detected(**change).repeat(4, 1, 1)
     assert share_of_misaligned(monkeypatch, data.Faces([tmp_path / "faces"]), points) == expected
