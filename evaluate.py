@@ -328,14 +328,13 @@ def offenders(data, found, tests, real):
             yield [name, test, f"{cosine[i]:.4f}", people[person], image]
 
 
-def draw_closest(path, data, found, real):
-    """Writes a picture of the eight images nearest to a real image, above the real images."""
+def closest(data, found, real):
+    """The eight images nearest to a real image, and then the real images, (16, 3, S, S) in [0, 1]."""
     cosine, which = found["image"]
     top = cosine.argsort(descending=True)[:8]
     images = [data.faces[i][0] for i in data.index[top.cpu()]]
     images += [real.faces[i][0] for i in real.index[which[top].cpu()]]
-    with replacing(path) as temporary:
-        save_image(torch.from_numpy(np.stack(images)) / 255, temporary, "JPEG", nrow=len(top))
+    return torch.from_numpy(np.stack(images)) / 255
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -413,19 +412,18 @@ def had_part(meta, name):
 
 
 def judge_sets(args, judge, recogniser, benchmarks, datasets):
-    """The report on `datasets`, by one recogniser, and the rows of leaks.csv."""
+    """The report on `datasets`, by one recogniser, the rows of leaks.csv, and {name: `closest`}."""
     from tools.retinaface import misaligned, weights_at_hand
     backbone, prototypes, meta = recogniser
-    sources = args.real or meta["data"]
-    if not sources:
-        fail(f"{judge}: unknown what it was trained on; name real faces with --real")
-    trained_on, given = resolved(meta["data"]), resolved(sources)
+    if not args.real:
+        fail("unknown what the first recogniser was trained on; name real faces with --real")
+    trained_on = resolved(meta["data"])
+    known = resolved(args.real) & trained_on
     for name in datasets:
-        if Path(name).resolve() in trained_on | given:
-            fail(f"{name}: is among the real faces, or {judge} was trained on it; name others (--real, --fr)")
-
+        if Path(name).resolve() in trained_on | resolved(args.real):
+            fail(f"{name}: it is among the real faces, or {judge} was trained on it; name other --real or --fr")
     size = backbone.config["size"]
-    real = embed_faces(backbone, prototypes, Faces(sources, size, flag="--real"))
+    real = embed_faces(backbone, prototypes, Faces(args.real, size, flag="--real"))
     people = len(real.faces.people)
     if people < 2:
         fail("--real: expected two people or more; with one, strangers are unknown")
@@ -434,10 +432,11 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
     usual = misaligned(real.faces, weights) if weights else 0
 
     # Training has pushed the judge's own people apart, so then others must stand for strangers.
-    unseen = embed_benchmarks(backbone, benchmarks) if given & trained_on and benchmarks else None
-    strangers = "people of the benchmarks" if unseen else "real people, each among the others"
-    report = {"judge": judge, "strangers": strangers, "real": quality_row(real, prototypes), "datasets": {}}
-    leaks = []
+    unseen = embed_benchmarks(backbone, benchmarks) if known and benchmarks else None
+    whose = "of the benchmarks" if unseen else "of the real people, each to the others"
+    report = {"judge": judge, "strangers": whose,
+              "real": quality_row(real, prototypes), "datasets": {}}
+    leaks, pictures = [], {}
     for number, name in enumerate(datasets, 1):
         data = embed_faces(backbone, prototypes, Faces([name], size, flag="--datasets"))
         found, leakage = judge_set(data, real, unseen)
@@ -447,8 +446,8 @@ def judge_sets(args, judge, recogniser, benchmarks, datasets):
         leakage["verdict"] = verdict_of(leakage, not had_part(meta, name))
         report["datasets"][name] = quality_row(data, prototypes) | {"leakage": leakage}
         leaks += ([name, *row] for row in offenders(data, found, leakage["tests"], real))
-        draw_closest(Path(args.out) / f"{number}-{Path(name).name}" / "closest.jpg", data, found, real)
-    return report, leaks
+        pictures[f"{number}-{Path(name).name}/closest.jpg"] = closest(data, found, real)
+    return report, leaks, pictures
 
 
 def main():
@@ -471,20 +470,25 @@ def main():
     others = [folder for folder, (_, _, meta) in recognisers.items()
               if not any(had_part(meta, name) for name in datasets)]
     judge = (others or folders)[0]
-    benchmarks = find_benchmarks(recognisers[judge][2]["val"] if args.pairs is None else args.pairs)
+    first = recognisers[folders[0]][2]
+    args.real = args.real or first["data"]          # the judge's own may be virtual people
+    benchmarks = find_benchmarks(first["val"] if args.pairs is None else args.pairs)
     if not datasets and (args.strict or not benchmarks):
         fail("there is no set to judge: sample one, name one with --datasets, or benchmarks with --pairs")
 
     averaged = averaged_of(benchmarks)
     models = verify(recognisers, benchmarks, averaged) if benchmarks else {}
-    report, leaks = {"datasets": {}}, []
+    report, leaks, pictures = {"datasets": {}}, [], {}
     if datasets:
-        report, leaks = judge_sets(args, judge, recognisers[judge], benchmarks, datasets)
+        report, leaks, pictures = judge_sets(args, judge, recognisers[judge], benchmarks, datasets)
     report["models"] = models
 
     text = describe(report, averaged)
     print(text)
     write_csv(out / "leaks.csv", ["dataset", "what", "test", "similarity", "person", "image"], leaks)
+    for name, images in pictures.items():
+        with replacing(out / name) as temporary:
+            save_image(images, temporary, "JPEG", nrow=len(images) // 2)
     for name, content in (("report.json", json.dumps(report, indent=1)), ("report.md", text)):
         with replacing(out / name) as temporary:
             temporary.write_bytes(content.encode(errors="backslashreplace"))

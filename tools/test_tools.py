@@ -304,6 +304,42 @@ def test_a_benchmark_may_be_made_of_numpy_s_arrays(tmp_path, protocol):
         assert torch.equal(found, expected[1])
 
 
+def test_people_of_benchmarks_are_known_by_chains_of_pairs(tmp_path):
+    """Each image once, also if two benchmarks show it; nobody who is in two pairs is two people."""
+    grey = lambda *levels: torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    first = grey(1, 2, 3, 4, 2, 3, 5, 1), torch.tensor([True, True, True, False])   # 1 2, 3 4, 2 3
+    second = grey(6, 5, 7, 8, 9, 9), torch.tensor([True, False, True])              # 6 5
+    images, labels = insightface.people_of_pairs([first, second])
+    assert images.shape[1:] == (3, 8, 8)
+    levels = images[:, 0, 0, 0].tolist()
+    assert sorted(levels) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    people = {}
+    for level, label in zip(levels, labels.tolist()):
+        people.setdefault(label, set()).add(level)
+    assert sorted(people) == [*range(5)]
+    assert sorted(map(sorted, people.values())) == [[1, 2, 3, 4], [5, 6], [7], [8], [9]]
+
+    different = grey(1, 2, 3, 4), torch.tensor([False, False])
+    assert len({*insightface.people_of_pairs([different])[1].tolist()}) == 4
+
+
+def test_a_long_chain_of_pairs_is_one_person():
+    levels = torch.arange(200, dtype=torch.uint8)[torch.randperm(200)]
+    chain = torch.stack([levels[:-1], levels[1:]], 1).flatten()
+    images = chain.view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    found, labels = insightface.people_of_pairs([(images, torch.ones(199, dtype=torch.bool))])
+    assert len(found) == 200 and not labels.any()
+
+
+def test_the_people_of_benchmarks_are_read_from_their_files(tmp_path):
+    """Of twenty people with four equal images each, everybody has one."""
+    write_benchmark(tmp_path / "t.bin")
+    benchmarks = {"t": tmp_path / "t.bin", "again": tmp_path / "t.bin"}
+    images, labels = data.benchmark_people(benchmarks, 16)
+    assert images.shape == (20, 3, 16, 16)
+    assert sorted(labels.tolist()) == [*range(20)]
+
+
 def test_a_benchmark_may_be_python_2_s(tmp_path):
     """Python 2 wrote texts where Python 3 writes bytes, also for the name of an array's type."""
     text = lambda content: b"T" + struct.pack("<I", len(content)) + content
@@ -598,6 +634,105 @@ def test_without_a_network_one_line_says_where_the_weights_belong(tmp_path, monk
     assert retinaface.WEIGHTS_URL in line and str(tmp_path / "run") in line
 
 
+def test_the_similarity_of_two_sets_of_points_is_the_best_one():
+    """Exact where there is one; else no other scale, turn or shift comes nearer."""
+    points = torch.rand(3, 5, 2)
+    scale, shift = torch.randn(2, 3, 1, dtype=torch.complex64)
+    exact = retinaface.similarity(points, align.move(points, scale, shift))
+    assert torch.allclose(exact[0], scale, atol=1e-4) and torch.allclose(exact[1], shift, atol=1e-4)
+
+    others = torch.rand(3, 5, 2)
+    error = lambda scale, shift: (align.move(points, scale, shift) - others).square().sum((1, 2))
+    scale, shift = retinaface.similarity(points, others)
+    for nudge in (0.01, -0.01, 0.01j, -0.01j):
+        assert (error(scale + nudge, shift) > error(scale, shift)).all()
+        assert (error(scale, shift + nudge) > error(scale, shift)).all()
+
+
+def test_weights_at_hand_are_those_that_a_run_has_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert retinaface.weights_at_hand() is None
+    fetched = Path("runs/dit-big", retinaface.WEIGHTS_URL.split("/")[-1])
+    write_detector(tmp_path / "runs/dit-big.pth")
+    assert retinaface.weights_at_hand() is None
+    fetched.parent.mkdir()
+    fetched.touch()
+    assert retinaface.weights_at_hand() == fetched
+
+
+def share_of_misaligned(monkeypatch, faces, points):
+    """What `misaligned` says of a set whose landmarks (M, 5, 2) a detector finds."""
+    found = iter(points.split(64))
+
+    def look(detector, crops):
+        assert detector == "the detector"
+        return next(found)
+    monkeypatch.setattr(retinaface, "load_detector", lambda weights, folder: "the detector")
+    monkeypatch.setattr(retinaface, "crop_landmarks", look)
+    return retinaface.misaligned(faces, "weights")
+
+
+def as_detected(angle=0.0, zoom=1.0, shift=0.0):
+    """Landmarks of an aligned face whose crop was turned (degrees), zoomed, and shifted to the right."""
+    turned = math.radians(angle)
+    turn = torch.tensor([[math.cos(turned), math.sin(turned)], [-math.sin(turned), math.cos(turned)]])
+    points = zoom * (data.TEMPLATE - 0.5) @ turn + 0.5
+    return points + torch.tensor([shift, 0.0])
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({}, 0), (dict(zoom=1.1), 0), (dict(angle=5), 0), (dict(shift=0.05), 0),
+    (dict(zoom=1.3), 1), (dict(zoom=0.75), 1), (dict(angle=20), 1), (dict(angle=-20), 1),
+    (dict(shift=0.07), 1)])
+def test_an_aligned_face_has_its_landmarks_where_they_belong(monkeypatch, tmp_path, change, expected):
+    folder(tmp_path / "faces", 2, 2)
+    points = as_detected(**change).repeat(4, 1, 1)
+    assert share_of_misaligned(monkeypatch, data.Faces([tmp_path / "faces"]), points) == expected
+
+
+def test_a_head_may_turn_and_a_crop_without_a_face_is_not_aligned(monkeypatch, tmp_path):
+    folder(tmp_path / "faces", 2, 2)
+    nod = data.TEMPLATE.clone()
+    nod[2] += 0.04                                                      # the nose alone
+    points = torch.stack([nod, data.TEMPLATE, torch.full((5, 2), torch.nan), as_detected(angle=90)])
+    assert share_of_misaligned(monkeypatch, data.Faces([tmp_path / "faces"]), points) == 0.5
+
+
+def test_three_hundred_images_of_all_parts_of_a_set_are_looked_at(monkeypatch):
+    class Many:
+        def __len__(self):
+            return 10_000
+
+        def scan(self, some, what):
+            asked.extend(some.tolist())
+            yield torch.zeros(len(some), 3, 8, 8, dtype=torch.uint8), some
+    asked = []
+    monkeypatch.setattr(retinaface, "load_detector", lambda *_: None)
+    monkeypatch.setattr(retinaface, "crop_landmarks", lambda _, crops: data.TEMPLATE.repeat(len(crops), 1, 1))
+    assert retinaface.misaligned(Many(), "weights") == 0
+    assert len({*asked}) == 300 and asked[0] == 0 and asked[-1] == 9999
+    assert np.histogram(asked, 10)[0].tolist() == [30] * 10
+
+
+SHARED = ROOT.parent / "shared/data"
+
+
+@pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="no photographs and no detector's weights here")
+def test_the_detector_tells_aligned_photographs_from_other_crops_of_them(tmp_path):
+    photos = sorted((SHARED / "train112").glob("*/*"))[::500][:20]
+    weights = SHARED / "weights/mobilenet0.25_Final.pth"
+
+    def cut(name, change):
+        for i, path in enumerate(photos):
+            (tmp_path / name / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+            change(Image.open(path).convert("RGB")).save(tmp_path / name / f"{i % 2}/{i}.png")
+        return retinaface.misaligned(data.Faces([tmp_path / name]), weights)
+    assert cut("as they are", lambda image: image) <= 0.1
+    assert cut("turned", lambda image: image.rotate(20, Image.BICUBIC)) >= 0.7
+    assert cut("zoomed", lambda image: image.crop((14, 14, 98, 98)).resize((112, 112))) >= 0.7
+    assert cut("far", lambda image: image.crop((-18, -18, 130, 130)).resize((112, 112))) >= 0.7
+
+
 # -------------------------------------------------------------------------------------------- published.py
 
 @pytest.mark.parametrize("units, se, count",             # IR-SE50, and R18, which AdaFace published
@@ -717,21 +852,6 @@ def test_a_checkpoint_runs_nothing(tmp_path, monkeypatch, small, zipped):
 
 
 # ------------------------------------------------------------------------------------------------ align.py
-
-def test_the_similarity_of_two_sets_of_points_is_the_best_one():
-    """Exact where there is one; else no other scale, turn or shift comes nearer."""
-    points = torch.rand(3, 5, 2)
-    scale, shift = torch.randn(2, 3, 1, dtype=torch.complex64)
-    exact = align.similarity(points, align.move(points, scale, shift))
-    assert torch.allclose(exact[0], scale, atol=1e-4) and torch.allclose(exact[1], shift, atol=1e-4)
-
-    others = torch.rand(3, 5, 2)
-    error = lambda scale, shift: (align.move(points, scale, shift) - others).square().sum((1, 2))
-    scale, shift = align.similarity(points, others)
-    for nudge in (0.01, -0.01, 0.01j, -0.01j):
-        assert (error(scale + nudge, shift) > error(scale, shift)).all()
-        assert (error(scale, shift + nudge) > error(scale, shift)).all()
-
 
 def distance_to(x, y, side):
     """The distance of each pixel of a square image (side, side) to a point."""
