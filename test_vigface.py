@@ -3600,7 +3600,7 @@ def flags_of(pipeline):
 
 
 def near_together(pipeline, root, drawn):
-    """{identity: cosine to somebody real, of the sum of all pictures that are no leaks, as they were drawn}."""
+    """{identity: cosine to somebody real, of the sum of all pictures but leaks, as they were drawn}."""
     backbone, prototypes, _ = model.load_recogniser(pipeline[0] / "runs/fr")
     real = evaluate.embed_faces(backbone, prototypes, data.Faces([pipeline[0] / "faces"]))
     pictures, near = {}, {}
