@@ -1745,8 +1745,6 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     assert contents(tmp_path) == {"kept.txt": b"before"}
 
 
-
-
 def test_a_run_stops_at_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
     """What was saved before stays; here that is nothing."""
     save_set(tmp_path / "faces", random_images(8, 32), 2, torch.rand(8, 5, 2))
@@ -2002,7 +2000,7 @@ def test_pictures_that_are_too_near_are_drawn_five_times():
 
 def test_accepted_pictures_and_sums_are_written_before_their_verdicts(tmp_path, monkeypatch):
     images, f = random_images(6, 16), units(4, 5)           # the batch has two images more
-    jobs = [sample.Job(row, name, 7 + i, 1, 0) for i, (row, name) in enumerate([(3, "ann")] * 3 + [(2, "bob")])]
+    jobs = [sample.Job(3, "ann", 7 + i, 1, 0) for i in range(3)] + [sample.Job(2, "bob", 10, 1, 0)]
     verdicts = [told("ann", 7, 1, "accepted"), told("ann", 8, 1), told("ann", 9, 1, "accepted")]
     verdicts.append(told("bob", 10, 1, "accepted"))
     write_csv = data.write_csv
@@ -2079,7 +2077,8 @@ def test_a_set_is_completed_once_every_picture_is_drawn(tmp_path, monkeypatch, c
     monkeypatch.setattr(sample, "draw_grid", spy)
     finish()
     said = capsys.readouterr().out
-    assert said.startswith("WARNING: over half") and "2 images; 6 too near a real person, 1 left out, 0" in said
+    assert said.startswith("WARNING: over half")
+    assert "2 images; 6 too near a real person, 1 left out, 0 people among them" in said
     assert "own prototype 0.400" in said
     rows = [(row["file"], row["attempt"], row["verdict"]) for row in manifest(out)]
     assert rows == [("ann/0000.jpg", "0", "leak"), ("ann/0000.jpg", "1", "accepted"),
@@ -2094,8 +2093,8 @@ def test_a_person_who_is_too_near_is_left_out_of_a_set_aloud(tmp_path, monkeypat
     poses = torch.rand(9, 5, 2)
     for out in (tmp_path / "whole", tmp_path / "killed"):
         tell(out, "a", [told("ann", i, 0, "accepted", own=0.5) for i in range(2)])
-        bob = [told("bob", 0, 0), told("bob", 0, 1, "accepted", own=0.9), told("bob", 1, 0, "accepted", own=0.9)]
-        tell(out, "b", bob, f=(0, 0, 1))
+        bob = [told("bob", 0, 1, "accepted", own=0.9), told("bob", 1, 0, "accepted", own=0.9)]
+        tell(out, "b", [told("bob", 0, 0), *bob], f=(0, 0, 1))
         for i, name in enumerate(("ann", "bob")):
             for index in range(2):
                 grey(out / f"{name}/000{index}.jpg", 40 + 160 * i)
@@ -2183,9 +2182,10 @@ def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path):
     assert max(real.lines.values()) < 0.999                 # nobody is a stranger to themselves
 
 
-def far(patch, line=2.0):
-    """Sets all lines of sample.py by hand; at 2 nothing is too near."""
-    patch.setattr(sample, "lines_of", lambda _: dict(centre=line, image=line, person=2.0))
+def far(patch, **lines):
+    """Sets the lines of sample.py by hand; at 2 nothing is too near."""
+    lines = dict(centre=2.0, image=2.0, person=2.0) | lines
+    patch.setattr(sample, "lines_of", lambda _: lines)
 
 
 @pytest.fixture
@@ -2244,6 +2244,17 @@ def test_a_finished_set_is_left_alone_and_may_be_moved(studio):
     assert "another recogniser" in here(*again, cwd=studio, code=2)
 
 
+def test_all_that_is_real_is_named_where_the_dit_saw_other_faces(studio):
+    save_set(studio / "more", random_images(4, 16), 2, torch.rand(4, 5, 2))
+    for other in ({"data": data.Faces([studio / "more"]).digest()}, {"data": None}):
+        edit(studio / "runs/dit", **other)
+        said = here("sample.py", *FEW, cwd=studio, code=2)
+        assert "runs/dit: trained on other faces than runs/fr" in said and "with --real" in said
+        assert not (studio / "runs/virtual").exists()
+    said = here("sample.py", *FEW, "--real", "faces", "more", cwd=studio)
+    assert "real: 11 images of 3 people in faces, more\n" in said
+
+
 def test_real_people_are_filled_up_to_a_number_of_images(studio):
     here("sample.py", *FEW, "--real-to", 3, cwd=studio)
     files = pictures_of(contents(studio / "runs/real-aug"))
@@ -2256,8 +2267,9 @@ def test_real_people_are_filled_up_to_a_number_of_images(studio):
 def test_of_two_samplers_of_a_set_both_end_well(studio, monkeypatch, capsys):
     """Here the other one completes the set while this one writes its first batch, or its last."""
     monkeypatch.setattr(sample, "until_stopped", lambda items, _: enumerate(items))     # it has no signals
+    write_csv = sample.write_csv
     for count in (1, 2):
-        write_csv, left = sample.write_csv, itertools.count(1)
+        left = itertools.count(1)
 
         def other(path, *given):
             if next(left) == count:
@@ -2293,6 +2305,8 @@ def test_what_is_given_away_tells_of_no_folder(studio):
     assert settings["dit"] == model.digest(studio / "runs/dit")
     assert settings["data"] == data.Faces([studio / "faces"]).digest()
     assert not any("/" in str(value) for value in settings.values())
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_stopped_set_continues_to_the_same_bytes(studio, monkeypatch, batch):
     """After the batch that is running, which is written."""
@@ -3708,7 +3722,8 @@ def test_what_stage_2_saves_is_about_nobody(pipeline):
     tensors, meta = model.load_model(cwd / "runs/dit", "dit")
     others = [name for name in tensors if not name.startswith("dit.")]
     assert others == ["poses.landmarks"] and not meta["names"]
-    assert (cwd / "runs/dit/preview-000003.jpg").is_file()
+    with Image.open(cwd / "runs/dit/preview-000003.jpg") as image:
+        assert image.size == (8 * 33 + 1, 4 * 33 + 1)       # four virtual people, nobody real
     assert "own cosine real" in printed["dit_train.py"]
 
 
@@ -3846,11 +3861,12 @@ def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pi
     backbone, prototypes, fr = model.load_recogniser("runs/fr")
     faces, W = data.Faces(["faces"]), prototypes.to_draw()
     rows = data.rows_of(faces.people, fr["names"])
-    real, thresholds = sample.embed_real(backbone, prototypes, faces, rows)
+    wanted = torch.full([9], 3)                             # nine people of three pictures
+    real = sample.embed_real(backbone, prototypes, faces, rows, wanted)
     naive = evaluate.embed_faces(backbone, prototypes, faces)
-    strangers = evaluate.resemblance(naive, naive, naive.labels)
-    expected, _ = evaluate.thresholds_of(naive, strangers)
-    assert thresholds == {"centre": expected["centre"], "image": expected["image"]}
+    expected = evaluate.lines_of(evaluate.strangers_to(naive, wanted))
+    del expected["copy"]                                    # drawn pictures are no copies
+    assert real.lines == expected
     prototypes.settle(moment_of_people(naive.f, naive.labels))
     assert same(W, prototypes.to_draw(), 1e-4)              # stage 1 did so before its last save
 
@@ -3859,7 +3875,7 @@ def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pi
 
     def verdicts(rows):
         jobs = [sample.Job(row, "somebody", 0, 0, 0) for row in rows]
-        return sample.judge(backbone, W, real, thresholds, jobs, images)
+        return sample.judge(backbone, W, real, jobs, images)[0]
     for verdict in verdicts([24, 24, 24]):                  # as of a virtual person
         assert verdict.verdict == "leak"
         assert float(verdict.cos_nearest_image) > 0.999
@@ -3867,59 +3883,93 @@ def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pi
         assert float(verdict.cos_nearest_image) < 0.999
 
 
-def sampled(pipeline, where, *arguments, line=2.0, **options):
-    """Runs sample.py in folder `where` with a threshold (2: no rule); what it left in where/set."""
+def sampled(pipeline, where, *arguments, lines={}, **options):
+    """Runs sample.py in folder `where` with such lines (without any: no rule); what it left in where/set."""
     where.mkdir(exist_ok=True)
-    runs = pipeline[0] / "runs"
-    flags = ["--dit", runs / "dit", "--fr", runs / "fr", "--real", pipeline[0] / "faces", "--out", "set"]
     with pytest.MonkeyPatch.context() as patch:
-        far(patch, line)
-        here("sample.py", *SAMPLE, *arguments, *flags, cwd=where, **options)
+        far(patch, **lines)
+        here("sample.py", *SAMPLE, *arguments, *flags_of(pipeline), cwd=where, **options)
     return contents(where / "set")
+
+
+def flags_of(pipeline):
+    """How sample.py is told of the models and faces of the pipeline, from elsewhere."""
+    cwd = pipeline[0]
+    return ["--dit", cwd / "runs/dit", "--fr", cwd / "runs/fr", "--real", cwd / "faces", "--out", "set"]
+
+
+def near_together(pipeline, root, drawn):
+    """{identity: cosine to somebody real, of the sum of all pictures but leaks, as they were drawn}."""
+    backbone, prototypes, _ = model.load_recogniser(pipeline[0] / "runs/fr")
+    real = evaluate.embed_faces(backbone, prototypes, data.Faces([pipeline[0] / "faces"]))
+    pictures, near = {}, {}
+    for _, jobs, images in drawn:
+        pictures |= {(job.name, str(job.index), str(job.attempt)): image for job, image in zip(jobs, images)}
+    rows = [row for row in manifest(root) if row["verdict"] != "leak"]
+    for name, some in itertools.groupby(rows, lambda row: row["identity"]):
+        images = torch.stack([pictures[name, row["index"], row["attempt"]] for row in some])
+        centre = unit(model.embed(backbone, images).sum(0))
+        near[name] = (evaluate.centres_of(real) @ centre).max().item()
+    return near
 
 
 @pytest.fixture(scope="module")
 def rejecting(pipeline, tmp_path_factory):
-    """A set of which about half was rejected at first: (threshold, its folder, its files, what was drawn)."""
-    sampled(pipeline, tmp_path_factory.mktemp("all"))
-    everything = next(tmp_path_factory.getbasetemp().glob("all*")) / "set"
+    """A set of which about half was rejected at first, and then one person: (lines, its folder, its files,
+    what was drawn).
+    """
+    everything, before, where = map(tmp_path_factory.mktemp, ("everything", "before", "whole"))
+    sampled(pipeline, everything)
     nearest = []
-    for row in manifest(everything):
+    for row in manifest(everything / "set"):
         nearest.append(max(float(row["cos_nearest_real"]), float(row["cos_nearest_image"])))
     line = np.sort(nearest)[6:8].mean()                     # between two of all
     line = float(f"{line:.4f}5")                            # rows have four digits
+    lines = dict(centre=line, image=line)
     drawn, draw = [], sample.draw
 
     def spy(dit, W, poses, jobs, args):
         images = draw(dit, W, poses, jobs, args)
         drawn.append((W, list(jobs), images))
         return images
-    where = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "draw", spy)
-        files = sampled(pipeline, where, line=line)
-    return line, where / "set", files, drawn
+        sampled(pipeline, before, lines=lines)
+    near = near_together(pipeline, before / "set", drawn)
+    lines["person"] = np.mean(sorted(near.values())[-2:])   # the nearest person is over it
+    return lines, where / "set", sampled(pipeline, where, lines=lines), drawn
 
 
 def test_pictures_too_near_to_real_people_are_drawn_again_and_left_out_at_last(rejecting):
-    line, root, files, drawn = rejecting
+    lines, root, files, drawn = rejecting
     rows, attempts = manifest(root), {}
     for row in rows:
-        close = [float(row[column]) > line for column in ("cos_nearest_real", "cos_nearest_image")]
-        assert row["verdict"] == ("leak" if any(close) else "accepted")
+        close = [float(row[column]) > lines["image"] for column in ("cos_nearest_real", "cos_nearest_image")]
+        assert row["verdict"] == "person" or row["verdict"] == ("leak" if any(close) else "accepted")
         picture = row["identity"], row["index"]
-        attempts.setdefault(picture, []).append((int(row["attempt"]), row["verdict"]))
+        attempts.setdefault(picture, []).append((int(row["attempt"]), any(close)))
     assert len(attempts) == 15 < len(rows)
     for tries in attempts.values():                         # until one is accepted, five at most
         last = len(tries) - 1
-        assert tries[:-1] == [(i, "leak") for i in range(last)]
-        assert tries[-1] in ((last, "accepted"), (4, "leak"))
+        assert tries[:-1] == [(i, True) for i in range(last)]
+        assert tries[-1] in ((last, False), (4, True))
     assert any(len(tries) > 1 for tries in attempts.values())
 
     accepted = [row["file"] for row in rows if row["verdict"] == "accepted"]
     assert accepted == pictures_of(files)
     landmarks = files["landmarks.csv"].decode().splitlines()[1:]
     assert accepted == [text.split(",")[0] for text in landmarks]
+
+
+def test_a_person_whose_pictures_together_are_too_near_is_left_out(pipeline, rejecting):
+    lines, root, files, drawn = rejecting
+    near = near_together(pipeline, root, drawn)
+    verdicts = {name: {row["verdict"] for row in manifest(root) if row["identity"] == name} for name in near}
+    for name, cosine in near.items():
+        left_out = cosine > lines["person"]
+        assert left_out == ("person" in verdicts[name]) != ("accepted" in verdicts[name])
+        assert left_out != (root / name).exists()
+    assert max(near.values()) > lines["person"] > min(near.values())
 
 
 def test_each_attempt_is_another_picture_of_a_settled_prototype_in_a_pose_of_its_own(pipeline, rejecting):
@@ -3948,8 +3998,8 @@ def test_another_seed_draws_other_pictures_in_other_poses(pipeline, tmp_path):
 
 
 KILLER = """import contextlib, itertools, json, os, runpy, signal, sys, data, evaluate, model
-if "LINE" in os.environ:
-    evaluate.thresholds_of = lambda *_: (dict.fromkeys(["centre", "image"], float(os.environ["LINE"])), 1.0)
+if "LINES" in os.environ:
+    evaluate.lines_of = lambda _: json.loads(os.environ["LINES"])
 for script, function, last, *arguments in json.loads(sys.argv[1]):
     if child := os.fork():
         print(os.waitpid(child, 0)[1])
@@ -3975,28 +4025,28 @@ def killed(*commands, cwd, **env):
 
 
 def test_killed_sampling_continues_to_the_same_bytes(pipeline, rejecting, tmp_path):
-    line, _, whole, _ = rejecting
-    runs = pipeline[0] / "runs"
-    flags = ["--dit", runs / "dit", "--fr", runs / "fr", "--real", pipeline[0] / "faces", "--out", "set"]
+    lines, _, whole, _ = rejecting
     moments = [2, 4, 9, 3]                                  # files after each start
-    commands = [["sample.py", "replacing", moment, *SAMPLE, *flags] for moment in moments]
-    killed(*commands, cwd=tmp_path, LINE=str(line))
+    commands = [["sample.py", "replacing", moment, *SAMPLE, *flags_of(pipeline)] for moment in moments]
+    killed(*commands, cwd=tmp_path, LINES=json.dumps(lines))
     for name, content in contents(tmp_path / "set").items():
         part = name.endswith(".tmp") or name.startswith(".verdicts")
-        assert part or content == whole[name]               # never half of a picture
-    assert sampled(pipeline, tmp_path, line=line) == whole
+        # Never half of a picture. Who is left out in the end is still there.
+        assert part or content == whole.get(name, content)
+    files = sampled(pipeline, tmp_path, lines=lines)
+    assert {name: files[name] for name in files if not name.endswith(".tmp")} == whole
 
 
 def test_shared_sampling_gives_the_same_bytes(pipeline, rejecting, tmp_path, monkeypatch):
-    line, _, whole, _ = rejecting
+    lines, _, whole, _ = rejecting
     sizes = set()                                           # of the work: whether to compile
     monkeypatch.setattr(sample, "compiled", lambda net, seen: sizes.add(seen) or net)
-    options = dict(line=line, env={"WORLD_SIZE": "2"})
+    options = dict(lines=lines, env={"WORLD_SIZE": "2"})
     first = sampled(pipeline, tmp_path, rank=1, **options)
     both = sampled(pipeline, tmp_path, rank=0, **options)
-    assert "manifest.csv" not in first and 0 < len(pictures_of(first)) < len(pictures_of(both))
+    assert "manifest.csv" not in first and 0 < len(pictures_of(first))
     assert both == whole and len(sizes) == 1
-    assert sampled(pipeline, tmp_path / "7", "--batch", 7, line=line) == whole
+    assert sampled(pipeline, tmp_path / "7", "--batch", 7, lines=lines) == whole
 
 
 def test_the_readme_s_command_for_several_gpus(copied):
