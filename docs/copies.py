@@ -13,7 +13,7 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Faces, open_image, to_tensor
-from evaluate import FaceSet, embed_faces, resemblance, thresholds_of, thumbnails
+from evaluate import FaceSet, embed_faces, lines_of, resemblance, thumbnails
 from model import DEVICE, embed, load_recogniser
 
 
@@ -81,8 +81,8 @@ backbone, prototypes, meta = load_recogniser(sys.argv[1])
 faces = Faces([sys.argv[2]], meta["config"]["size"])
 real = embed_faces(backbone, prototypes, faces)
 strangers = resemblance(real, real, real.labels)
-thresholds, cap = thresholds_of(real, strangers)
-print(f"copy: threshold {thresholds['copy']:.3f}; image: threshold {thresholds['image']:.3f}, cap {cap:.3f}")
+thresholds = lines_of(strangers)
+print(f"copy: threshold {thresholds['copy']:.3f}; image: threshold {thresholds['image']:.3f}")
 
 torch.manual_seed(0)
 originals = [open_image(faces.path(i)) for i in torch.randperm(len(faces))[:300].tolist()]
@@ -100,5 +100,5 @@ for i in cosine.argsort(descending=True)[:12].tolist():
 for _ in range(10):
     half = (torch.rand(len(faces.people)) < 0.5).to(DEVICE)[real.labels]
     known, others = some_of(real, half), some_of(real, ~half)
-    line, _ = thresholds_of(known, resemblance(known, known, known.labels))
+    line = lines_of(resemblance(known, known, known.labels))
     print(f"strangers among {len(others.f)} images of other people: {over(resemblance(others, known), line)}")
