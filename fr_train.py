@@ -73,8 +73,8 @@ def room(prototypes):
     """A line on how near prototypes are to the nearest real one, as cosines."""
     W, n = prototypes.to_draw(), len(prototypes.real)
     rows = torch.arange(len(W), device=DEVICE)
-    line = "nearest real prototype, mean / 99 % / largest:"
-    for title, w, own in (("real", W[:n], rows[:n]),
+    line = "room: nearest real prototype, mean / 99 % / largest:"
+    for title, w, own in (("real people", W[:n], rows[:n]),
                           ("virtual as trained", prototypes.unit()[n:], rows[n:]),
                           ("as drawn", W[n:], rows[n:])):
         cosine, _ = nearest(w, W[:n], own, rows[:n])

@@ -2667,7 +2667,7 @@ def test_strangers_are_over_what_is_allowed_once_in_a_thousand_times(strangers, 
 
 def test_how_many_strangers_are_over_a_line_that_none_reached():
     """Above nine tenths, as an exponential tail would have it; a bit more, because its mean is uncertain."""
-    cosines = torch.cat([torch.zeros(9000), 0.1 - 0.02 * torch.rand(1000).log()])
+    cosines = torch.cat([0.1 * torch.rand(9000), 0.1 - 0.02 * torch.rand(1000).log()])
     for line, share in ((0.12, 0.1 * math.exp(-1)), (0.2, 0.1 * math.exp(-5)), (0.3, 0.1 * math.exp(-10))):
         assert evaluate.tail(cosines, line) == pytest.approx(share, rel=0.5)
     few = torch.tensor([0.0] * 90 + [0.1] * 10)             # ten are 0.1 above the start of the tail
