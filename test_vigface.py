@@ -3936,7 +3936,10 @@ def rejecting(pipeline, tmp_path_factory):
         patch.setattr(sample, "draw", spy)
         sampled(pipeline, before, lines=lines)
     near = near_together(pipeline, before / "set", drawn)
-    lines["person"] = np.mean(sorted(near.values())[-2:])   # the nearest person is over it
+    # The nearest person is over it, or two; in the wider gap, because bf16 rounds each batch in its own way.
+    three = np.sort([*near.values()])[-3:]
+    gap = np.diff(three).argmax()
+    lines["person"] = three[gap:gap + 2].mean()
     return lines, where / "set", sampled(pipeline, where, lines=lines), drawn
 
 
