@@ -9,7 +9,6 @@ import contextlib
 import csv
 import ctypes
 import hashlib
-import io
 import itertools
 import json
 import os

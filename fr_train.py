@@ -16,7 +16,7 @@ import torch
 
 from data import Faces, batches, demo, find_benchmarks, read_benchmark
 from evaluate import nearest, pair_distances, quantile, verification
-from model import (DEVICE, MARGINS, RANK, RECOGNISERS, WORLD, Prototypes, Recogniser, autocast, claim,
+from model import (DEVICE, MARGINS, RECOGNISERS, WORLD, Prototypes, Recogniser, autocast, claim,
                    compiled, fail, log, person_moment, positive, resume, run, save_model, save_state,
                    stop_unless_finite, until_stopped, vigface_loss, virtual_batch_size)
 
@@ -101,17 +101,15 @@ def fill_in(args, faces):
 def main():
     args = parser.parse_args()
     if WORLD > 1:
-        RANK or fail("fr_train.py uses one GPU: start it without torchrun")
-        return
-    args.data = args.data or [demo()]
+        fail("fr_train.py uses one GPU: start it without torchrun")
     out = Path(args.out)
 
-    faces = Faces(args.data, args.size)
+    faces = Faces(args.data or [demo()], args.size)
     fill_in(args, faces)
     n, k, batch, recipe = len(faces.people), args.virtual, args.batch, RECOGNISERS[args.arch]
     per_epoch = len(faces) // batch
     steps = args.epochs * per_epoch
-    val = find_benchmarks(args.val, args.data)
+    val = find_benchmarks(args.val, faces.roots)
     benchmarks = {name: read_benchmark(path, args.size) for name, path in val.items()}
 
     # The networks, and the state of a run that was killed.

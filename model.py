@@ -782,6 +782,8 @@ def resume(out, modules):
     return step
 
 
+# ------------------------------------------------------------------------- a run that is stopped, or has ranks
+
 def until_stopped(items, save, title=None, first=0, steps=None):
     """Yields steps, counted from `first`, and items, under a progress bar if there is a title.
 

@@ -63,8 +63,8 @@ ATTEMPTS = 5        # paper: unstated; here pictures too near a real person are 
 # and in the pose of which training face.
 Job = namedtuple("Job", "row name index attempt pose")
 
-# What became of it: a row of manifest.csv. The verdict is `accepted`, `leak`, or `person` if all pictures of
-# this person together are too near somebody. Cosines are to the own prototype, to the centre of the nearest
+# What became of it: a row of manifest.csv. The verdict is `leak` or `accepted`, or in place of this `person`,
+# if the pictures of this person together are too near somebody. Cosines are to the own prototype, to the centre of the nearest
 # real person, and to the nearest real image; with --real-to, the own person is none of these.
 Verdict = namedtuple("Verdict", "file identity index attempt landmarks_from verdict cos_own cos_nearest_real "
                                 "cos_nearest_image")
@@ -246,16 +246,20 @@ def finish(out, total, poses, size, real, names):
     near = too_near_together(out, real, names)
     for name in near:
         shutil.rmtree(out / name, ignore_errors=True)
-    final = lambda: (verdict._replace(verdict="person") if verdict.identity in near else verdict
-                     for verdict in verdicts())
-    accepted = lambda: (verdict for verdict in final() if verdict.verdict == "accepted")
+
+    def final(verdict):
+        together = verdict.verdict == "accepted" and verdict.identity in near
+        return verdict._replace(verdict="person") if together else verdict
+
+    accepted = lambda: (verdict for verdict in verdicts()
+                        if verdict.verdict == "accepted" and verdict.identity not in near)
     cosines = np.array([float(verdict.cos_own) for verdict in accepted()])
     if not len(cosines):
         fail(f"{out}: every picture was too near a real person; train stage 2 longer")
     write_landmarks(out / "landmarks.csv",
                     ((verdict.file, size * poses[int(verdict.landmarks_from)]) for verdict in accepted()))
     draw_grid(out, accepted())
-    write_csv(out / "manifest.csv", Verdict._fields, final())           # says that the set is complete
+    write_csv(out / "manifest.csv", Verdict._fields, map(final, verdicts()))    # says that the set is complete
     shutil.rmtree(out / ".verdicts", ignore_errors=True)
 
     leaks = sum(verdict.verdict == "leak" for verdict in verdicts())

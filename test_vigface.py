@@ -1492,8 +1492,6 @@ def test_the_second_signal_ends_a_run_at_once():
 def test_stage_1_uses_one_gpu_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(fr_train, "WORLD", 2)
     assert "uses one GPU" in here("fr_train.py", cwd=tmp_path, code=2)
-    monkeypatch.setattr(fr_train, "RANK", 1)
-    assert here("fr_train.py", cwd=tmp_path) == ""          # rank 0 says it
     assert not contents(tmp_path)
 
 
@@ -2108,7 +2106,7 @@ def test_a_person_who_is_too_near_is_left_out_of_a_set_aloud(tmp_path, monkeypat
         assert "own prototype 0.500" in said
     assert contents(out) == contents(tmp_path / "whole")
     assert {*contents(out)} == {"ann/0000.jpg", "ann/0001.jpg", "grid.jpg", "landmarks.csv", "manifest.csv"}
-    assert [row["verdict"] for row in manifest(out)] == ["accepted"] * 2 + ["person"] * 3
+    assert [row["verdict"] for row in manifest(out)] == ["accepted"] * 2 + ["leak"] + ["person"] * 2
     assert not (out / "bob").exists() and len(data.read_csv(out / "landmarks.csv")) == 3
     grid = data.open_image(out / "grid.jpg")
     assert grid.size == (2 * 18 + 2, 18 + 2) and np.asarray(grid).max() < 60        # ann alone
@@ -3936,10 +3934,7 @@ def rejecting(pipeline, tmp_path_factory):
         patch.setattr(sample, "draw", spy)
         sampled(pipeline, before, lines=lines)
     near = near_together(pipeline, before / "set", drawn)
-    # Some of the nearer half are over it; in the widest gap, because bf16 rounds each batch in its own way.
-    nearer = np.sort([*near.values()])[len(near) // 2:]
-    gap = np.diff(nearer).argmax()
-    lines["person"] = nearer[gap:gap + 2].mean()
+    lines["person"] = np.mean(sorted(near.values())[-2:])   # the nearest person is over it
     return lines, where / "set", sampled(pipeline, where, lines=lines), drawn
 
 
@@ -3948,7 +3943,7 @@ def test_pictures_too_near_to_real_people_are_drawn_again_and_left_out_at_last(r
     rows, attempts = manifest(root), {}
     for row in rows:
         close = [float(row[column]) > lines["image"] for column in ("cos_nearest_real", "cos_nearest_image")]
-        assert row["verdict"] == "person" or row["verdict"] == ("leak" if any(close) else "accepted")
+        assert row["verdict"] in (["leak"] if any(close) else ["accepted", "person"])
         picture = row["identity"], row["index"]
         attempts.setdefault(picture, []).append((int(row["attempt"]), any(close)))
     assert len(attempts) == 15 < len(rows)
@@ -3969,8 +3964,6 @@ def test_a_person_whose_pictures_together_are_too_near_is_left_out(pipeline, rej
     near = near_together(pipeline, root, drawn)
     verdicts = {name: {row["verdict"] for row in manifest(root) if row["identity"] == name} for name in near}
     for name, cosine in near.items():
-        if abs(cosine - lines["person"]) < 0.05:            # bf16 rounds other batches in another way
-            continue
         left_out = cosine > lines["person"]
         assert left_out == ("person" in verdicts[name]) != ("accepted" in verdicts[name])
         assert left_out != (root / name).exists()
