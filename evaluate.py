@@ -262,8 +262,8 @@ def leak_tests(found, strangers, lines):
         most = 0
         if test == "person":
             most = allowed(over(strangers, test), len(strangers[test][0]), people)
-        elif test == "somebody":        # hardly any stranger is, so their number is inferred
-            many = 1e9
+        elif test == "somebody":        # hardly any stranger is, so their share is inferred, not counted
+            many = 1e9                  # with a share that is taken as known, the number is Poisson's
             most = allowed(many * tail(strangers[test][0], line), many, people)
         elif test != "copy":            # a person's images are alike: what counts is the number of people
             most = tests["person"]["allowed"] * len(found[test][0]) // people
