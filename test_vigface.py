@@ -1369,6 +1369,7 @@ def train_as_rank(rank, world, port, cwd, flags, stop):
     """
     for module in (model, data, dit_train):
         module.RANK, module.WORLD = rank, world
+    model.PROCESS = f"rank-{rank}"                  # a fork would have its parent's
     where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=world)
     os.environ |= {name: str(value) for name, value in where.items()}
     kept, seeds = [], []
@@ -1399,8 +1400,11 @@ def train_as_ranks(world, cwd, *flags, stop=None):
     for rank in range(world):
         ranks.append(fork.Process(target=train_as_rank, args=(rank, world, port, cwd, flags, stop)))
         ranks[-1].start()
-    for rank in ranks:
-        rank.join()
+    while any(rank.is_alive() for rank in ranks):
+        time.sleep(0.1)
+        if any(rank.exitcode for rank in ranks):    # the others would wait for it for half an hour
+            for rank in ranks:
+                rank.kill()
     assert [rank.exitcode for rank in ranks] == [0] * world
     return [torch.load(cwd / f"{world}-{rank}.pt") for rank in range(world)]
 
