@@ -24,6 +24,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
