@@ -2165,8 +2165,9 @@ def test_real_people_are_filled_up_and_virtual_ones_begin_with_the_first(capsys)
     assert "expected 1 to 3" in stops(capsys, lambda: wanted(virtual=4))
 
 
-def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path):
+def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path, monkeypatch, capsys):
     """People without a prototype come after all who have one."""
+    monkeypatch.setattr(sample, "ENOUGH", 4)
     save_set(tmp_path / "faces", random_images(8, 16), 2, torch.rand(8, 5, 2))
     faces = data.Faces([tmp_path / "faces"])
     rows = data.rows_of(faces.people, ["person 3", "stranger", "person 0", "person 2"])
@@ -2183,12 +2184,20 @@ def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path):
     assert real.lines == evaluate.lines_of(strangers)
     assert {*real.lines} >= {"person", "centre", "image"}
     assert max(real.lines.values()) < 0.999                 # nobody is a stranger to themselves
+    assert "too few" not in capsys.readouterr().out
+
+    # Who is too near by all pictures together needs enough strangers.
+    monkeypatch.setattr(sample, "ENOUGH", 5)
+    few = sample.embed_real(Linear(16), prototypes, faces, rows, wanted)
+    assert few.lines == real.lines | {"person": 1.0}
+    assert "4 strangers are too few" in capsys.readouterr().out
 
 
 def far(patch, **lines):
     """Sets the lines of sample.py by hand; at 2 nothing is too near."""
     lines = dict(centre=2.0, image=2.0, person=2.0) | lines
     patch.setattr(sample, "lines_of", lambda _: lines)
+    patch.setattr(sample, "ENOUGH", 0)
 
 
 @pytest.fixture
@@ -3861,6 +3870,7 @@ def test_one_planted_copy_in_a_hundred_images_is_caught(copied):
 
 def test_the_sampler_judges_as_the_report_and_compares_nobody_with_themselves(pipeline, monkeypatch):
     monkeypatch.chdir(pipeline[0])
+    monkeypatch.setattr(sample, "ENOUGH", 0)
     backbone, prototypes, fr = model.load_recogniser("runs/fr")
     faces, W = data.Faces(["faces"]), prototypes.to_draw()
     rows = data.rows_of(faces.people, fr["names"])
