@@ -2,16 +2,17 @@
 import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                                 # before the scripts look for a GPU
 
+import contextlib
 import csv
 import errno
 import io
 import itertools
 import math
 import pickle
+import runpy
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import model
-from test_vigface import contents, folder, here, jpeg, people, stops
+from test_vigface import contents, folder, forked, here, jpeg, people, stops
 from tools import align, insightface, pairs, published, retinaface, toys
 
 ROOT = Path(__file__).parent.parent
@@ -39,13 +40,25 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
+def start(script, arguments, cwd):
+    """Runs a script in this process as Python does in one that has imported nothing of ours yet."""
+    os.chdir(cwd)
+    ours = {"tools", "test_vigface", *(name.removesuffix(".py") for name in SCRIPTS)}
+    for name in [*sys.modules]:
+        if name.split(".")[0] in ours:
+            del sys.modules[name]
+    sys.path[:] = [str(script.parent), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    sys.argv = [str(script), *map(str, arguments)]
+    with open("printed.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        runpy.run_path(str(script), run_name="__main__")
+
+
 def command(script, *arguments, cwd, code=0):
-    """Runs a script of some folder as a user does; what it prints."""
-    line = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == code, done.stdout
-    assert "Traceback" not in done.stdout
-    return done.stdout
+    """Runs a script of some folder as a user does, but in a copy of this process; what it prints."""
+    codes = forked(start, (script, arguments, cwd))
+    printed = (cwd / "printed.txt").read_text()
+    assert codes == [code], printed
+    return printed
 
 
 # ------------------------------------------------------------------------------------------------- toys.py
@@ -1282,7 +1295,7 @@ for name in ours:
     imported = [other for other in sys.modules if other.startswith("tools")]
     print(name, "imports a tool" if imported and name in {scripts} else "ok")
 """)
-    lines = command("first.py", cwd=tmp_path).splitlines()
+    lines = command(tmp_path / "first.py", cwd=tmp_path).splitlines()
     assert lines == [f"{name} ok" for name in tools + scripts]
 
 
@@ -1300,7 +1313,7 @@ for script, arguments in ((fr_train, "--data faces --epochs 1 --batch 8"),
     if os.path.exists("runs/dit/model.safetensors"):
         os.remove("faces/landmarks.csv")
 """)
-    printed = command("all.py", cwd=tmp_path, code=2)
+    printed = command(tmp_path / "all.py", cwd=tmp_path, code=2)
     assert "step      1/1" in printed
     assert printed.count("error: ") == 1 and "copy the folder tools/ beside the scripts" in printed
     assert os.listdir(tmp_path / "runs/other") == ["run.json"]
