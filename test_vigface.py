@@ -56,9 +56,12 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
-    """Each test starts from one seed, on one thread, as the scripts that it starts."""
+    """Each test starts from one seed, on one thread, as the scripts that it starts, and leaves no process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    yield
+    for worker in multiprocessing.active_children():        # a loader that failed would wait 5 s for each
+        worker.terminate()
 
 
 # =============================================================================== the method, restated naively
@@ -3634,7 +3637,7 @@ def forked(function, *calls):
     which has imported PyTorch already; the exit codes. When one has failed, the others are ended.
     """
     def call(*arguments):
-        tqdm.set_lock(threading.RLock())                    # this process's would be shared, and kept if killed
+        tqdm.set_lock(threading.RLock())                    # the parent's would be shared, and kept if killed
         function(*arguments)
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=call, args=arguments) for arguments in calls]

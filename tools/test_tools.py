@@ -41,8 +41,9 @@ def same_numbers_every_time():
 
 def start_aside(script, arguments, cwd):
     """Runs a script in this process as in a new one, and keeps what it prints in a file."""
-    with open(cwd / "printed.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        start(script, arguments, cwd)
+    with open(cwd / "printed.txt", "w") as file, contextlib.redirect_stdout(file):
+        with contextlib.redirect_stderr(file):
+            start(script, arguments, cwd)
 
 
 def command(script, *arguments, cwd, code=0):
@@ -789,7 +790,7 @@ def prefixed(prefix, net):
 
 def test_colours_are_in_the_order_that_the_checkpoint_was_trained_on(tmp_path, small, capsys, monkeypatch):
     """AdaFace's checkpoints read BGR, all others RGB, and `bgr` overrules that."""
-    monkeypatch.setattr(model, "autocast", contextlib.nullcontext)      # bf16 would round differently each time
+    monkeypatch.setattr(model, "autocast", contextlib.nullcontext)      # bf16 rounds too coarsely
     torch.save({"state_dict": prefixed("model.", small)}, tmp_path / "ada.ckpt")
     torch.save(prefixed("net.", small), tmp_path / "cvl.pt")
     images = torch.randint(256, (1, 3, 112, 112), dtype=torch.uint8)
