@@ -2,6 +2,7 @@
 import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                                 # before the scripts look for a GPU
 
+import contextlib
 import csv
 import errno
 import io
@@ -11,7 +12,6 @@ import pickle
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import model
-from test_vigface import contents, folder, here, jpeg, people, stops
+from test_vigface import contents, folder, forked, here, jpeg, people, start, stops
 from tools import align, insightface, pairs, published, retinaface, toys
 
 ROOT = Path(__file__).parent.parent
@@ -39,13 +39,19 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
+def start_aside(script, arguments, cwd):
+    """Runs a script in this process as in a new one, and keeps what it prints in a file."""
+    with open(cwd / "printed.txt", "w") as file, contextlib.redirect_stdout(file):
+        with contextlib.redirect_stderr(file):
+            start(script, arguments, cwd)
+
+
 def command(script, *arguments, cwd, code=0):
-    """Runs a script of some folder as a user does; what it prints."""
-    line = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == code, done.stdout
-    assert "Traceback" not in done.stdout
-    return done.stdout
+    """Runs a script of some folder as a user does, but in a copy of this process; what it prints."""
+    codes = forked(start_aside, (script, arguments, cwd))
+    printed = (cwd / "printed.txt").read_text()
+    assert codes == [code], printed
+    return printed
 
 
 # ------------------------------------------------------------------------------------------------- toys.py
@@ -121,8 +127,14 @@ def test_toy_images_are_colours_between_black_and_white():
         assert torch.allclose(points[0], landmarks[i], atol=1e-5)
 
 
-def test_the_demo_is_a_folder_like_any_other(tmp_path):
+def test_the_demo_is_a_folder_like_any_other(tmp_path, monkeypatch):
     """It is the same each time, with a camera's noise; its benchmark shows nobody of the folder."""
+    asked, write_bin = [], toys.write_bin
+
+    def write_fewer(path, images, pairs, generator):                    # a tenth of the time
+        asked.append(pairs)
+        write_bin(path, images, pairs // 10, generator)
+    monkeypatch.setattr(toys, "write_bin", write_fewer)
     toys.draw_demo(tmp_path / "demo", people=3, held_out=20, per_person=2)
     assert os.listdir(tmp_path) == ["demo"]                             # no temporary folder is left
 
@@ -139,7 +151,7 @@ def test_the_demo_is_a_folder_like_any_other(tmp_path):
     assert all(np.array_equal(faces[i][0], expected[i]) for i in range(6))
 
     benchmark, same = data.read_benchmark(tmp_path / "demo/heldout.bin", 32)
-    assert len(same) == 3000
+    assert asked == [3000] and len(same) == 300
     trained = {image.tobytes() for image, _ in faces}
     held_out = {image.tobytes() for image in benchmark.numpy()}
     assert len(held_out) == 40 and not trained & held_out
@@ -271,7 +283,7 @@ def write_benchmark(path):
     """A benchmark of twenty people, each of one grey; its images (2P, 3, 8, 8), and which pairs are same."""
     greys = 10 * torch.arange(20, dtype=torch.uint8)
     images = greys.view(20, 1, 1, 1, 1).expand(20, 4, 3, 8, 8)
-    toys.write_bin(path, images, 300, torch.Generator().manual_seed(0))
+    toys.write_bin(path, images, 60, torch.Generator().manual_seed(0))
     return data.read_benchmark(path, 8)
 
 
@@ -280,11 +292,11 @@ def test_a_benchmark_is_read_as_it_was_written(tmp_path):
     images, same = write_benchmark(tmp_path / "t.bin")
     first, second = images[0::2, 0, 0, 0], images[1::2, 0, 0, 0]
     assert torch.equal(first == second, same)
-    assert same.tolist() == [False, True] * 150
+    assert same.tolist() == [False, True] * 30
     for fold in zip(first.chunk(10), second.chunk(10)):
         assert len({*torch.cat(fold).tolist()}) == 2                    # of twenty people
     larger, _ = data.read_benchmark(tmp_path / "t.bin", 16)
-    assert larger.shape == (600, 3, 16, 16)
+    assert larger.shape == (120, 3, 16, 16)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
@@ -739,8 +751,11 @@ def test_the_detector_tells_aligned_photographs_from_other_crops_of_them(tmp_pat
                          [((3, 4, 14, 3), True, 43_808_320), ((2, 2, 2, 2), False, 24_020_352)])
 def test_adaface_s_checkpoint_is_loaded_key_by_key(tmp_path, units, se, count):
     """Without its margin head and its trainer's objects; the architecture follows from names and shapes."""
-    net = model.Recogniser(units=units, se=se).eval()
+    with torch.device("meta"):                                          # fresh weights would take a second
+        net = model.Recogniser(units=units, se=se).eval().to_empty(device="cpu")
     state = net.state_dict()
+    for tensor in state.values():
+        tensor.random_(1000)
     assert sum(parameter.numel() for parameter in net.parameters()) == count
     assert state[f"body.{units[0]}.shortcut_layer.0.weight"].shape == (128, 64, 1, 1)
     if se:
@@ -773,17 +788,18 @@ def prefixed(prefix, net):
     return {prefix + name: tensor for name, tensor in net.state_dict().items()}
 
 
-def test_colours_are_in_the_order_that_the_checkpoint_was_trained_on(tmp_path, small, capsys):
+def test_colours_are_in_the_order_that_the_checkpoint_was_trained_on(tmp_path, small, capsys, monkeypatch):
     """AdaFace's checkpoints read BGR, all others RGB, and `bgr` overrules that."""
+    monkeypatch.setattr(model, "autocast", contextlib.nullcontext)      # bf16 rounds too coarsely
     torch.save({"state_dict": prefixed("model.", small)}, tmp_path / "ada.ckpt")
     torch.save(prefixed("net.", small), tmp_path / "cvl.pt")
     images = torch.randint(256, (1, 3, 112, 112), dtype=torch.uint8)
     rgb, bgr = model.embed(small, images), model.embed(small, images.flip(1))
-    assert not torch.allclose(rgb, bgr)
+    assert not torch.allclose(rgb, bgr, atol=1e-3)
     for name, asked, expected in (("ada.ckpt", None, bgr), ("ada.ckpt", False, rgb), ("ada.ckpt", True, bgr),
                                   ("cvl.pt", None, rgb), ("cvl.pt", True, bgr)):
         backbone, _, _ = model.load_recogniser(tmp_path / name, asked)
-        assert torch.allclose(model.embed(backbone, images), expected, atol=1e-6)
+        assert torch.allclose(model.embed(backbone, images), expected, atol=1e-5)
         order = "BGR" if expected is bgr else "RGB"
         assert f"4 residual units, reads {order} images" in capsys.readouterr().out
 
@@ -1282,7 +1298,7 @@ for name in ours:
     imported = [other for other in sys.modules if other.startswith("tools")]
     print(name, "imports a tool" if imported and name in {scripts} else "ok")
 """)
-    lines = command("first.py", cwd=tmp_path).splitlines()
+    lines = command(tmp_path / "first.py", cwd=tmp_path).splitlines()
     assert lines == [f"{name} ok" for name in tools + scripts]
 
 
@@ -1293,6 +1309,7 @@ def test_the_six_scripts_do_without_tools_until_they_need_one(tmp_path):
     folder(tmp_path / "faces", 4, 4)
     (tmp_path / "all.py").write_text("""
 import os, sys, dit_train, fr_train, model
+model.DIT_SIZES["Ti"] = dict(width=64, depth=1, heads=1)
 for script, arguments in ((fr_train, "--data faces --epochs 1 --batch 8"),
                           (dit_train, "--arch Ti/8 --steps 1 --batch 4"), (dit_train, "--out runs/other")):
     sys.argv[1:] = arguments.split()
@@ -1300,7 +1317,7 @@ for script, arguments in ((fr_train, "--data faces --epochs 1 --batch 8"),
     if os.path.exists("runs/dit/model.safetensors"):
         os.remove("faces/landmarks.csv")
 """)
-    printed = command("all.py", cwd=tmp_path, code=2)
+    printed = command(tmp_path / "all.py", cwd=tmp_path, code=2)
     assert "step      1/1" in printed
     assert printed.count("error: ") == 1 and "copy the folder tools/ beside the scripts" in printed
     assert os.listdir(tmp_path / "runs/other") == ["run.json"]
