@@ -13,17 +13,15 @@ import argparse
 import json
 import math
 from collections import namedtuple
-from functools import lru_cache
+from os.path import realpath
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.utils import save_image
 
-from data import Faces, benchmark_people, find_benchmarks, read_benchmark, write_csv
-from model import (DEVICE, class_sums, embed, fail, load_recogniser, reading, refuse_inside, replacing,
-                   run)
+from data import Faces, benchmark_people, find_benchmarks, read_benchmark
+from model import DEVICE, class_sums, embed, fail, load_recogniser, reading, refuse_inside, run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
@@ -37,17 +35,16 @@ flag("--strict", action="store_true", help="exit with code 3 unless all sets are
 flag("--weights", metavar="PATH", help="RetinaFace's: are sets aligned? (default: those in runs/, if any)")
 flag("--out", default="runs/report", metavar="DIR", help="report folder (default: %(default)s)")
 
-FIELD = {"lfw": "LFW", "cfp_fp": "CFP-FP", "cplfw": "CPLFW", "agedb_30": "AgeDB", "calfw": "CALFW"}
-
 
 # ---------------------------------------------------------------------------------------------- verification
 
 def pair_distances(backbone, images):
     """Squared distances (P,), from 0 to 4, of the flip-summed unit embeddings of images 2p and 2p + 1."""
     # Benchmarks show an image in several pairs. It is embedded once.
-    distinct, which = images.flatten(1).unique(dim=0, return_inverse=True)
-    f = embed(backbone, distinct.view(-1, *images.shape[1:]), exact=True)[which]
-    return f.unflatten(0, (-1, 2)).diff(dim=1).square().sum((1, 2)).cpu().numpy()
+    distinct, which = images.unique(dim=0, return_inverse=True)
+    f = embed(backbone, distinct, exact=True)[which]
+    difference = f[::2] - f[1::2]
+    return difference.square().sum(1).cpu().numpy()
 
 
 def verification(distance, same, folds=10):
@@ -82,7 +79,9 @@ def nearest(queries, targets, labels, target_labels):
 
 # A set of M images as a judge sees it: f, unit embeddings (M, D); labels (M,); thumbs (M, 256), see
 # `thumbnails`; quality, CR-FIQA scores (M,); faces, a `Faces`; index (M,), each image's index there.
-FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=(None, None, None, None))
+FaceSet = namedtuple("FaceSet", "f labels thumbs quality faces index", defaults=(None,) * 4)
+
+KIND = torch.half if DEVICE.type == "cuda" else torch.float            # of embeddings and thumbnails
 
 
 def thumbnails(images):
@@ -91,13 +90,10 @@ def thumbnails(images):
     In place of brightness stands its rank among the 256, which no change of tone moves. The mean of 5 x 5
     ranks around each is taken off, because light and the shape of a head are alike in many strangers.
     """
-    grey = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), 16)
+    grey = F.adaptive_avg_pool2d(images.to(DEVICE).float().mean(1, keepdim=True), 16)
     rank = grey.flatten(1).argsort(1).argsort(1).float().view_as(grey)
     around = F.avg_pool2d(rank, 5, stride=1, padding=2, count_include_pad=False)
-    return F.normalize((rank - around).flatten(1))
-
-
-KIND = torch.half if DEVICE.type == "cuda" else torch.float            # of embeddings and thumbnails
+    return F.normalize((rank - around).flatten(1)).to(KIND)
 
 
 def embed_faces(backbone, prototypes, faces):
@@ -105,8 +101,8 @@ def embed_faces(backbone, prototypes, faces):
     columns = []
     for images, i in faces.scan(torch.arange(len(faces)), "embedding"):
         f = embed(backbone, images, unit=False) / 2             # the mean, as `certainty` learned it
-        columns.append((F.normalize(f).to(KIND), thumbnails(images.to(DEVICE)).to(KIND),
-                        prototypes.certainty(f)[:, 0], i))
+        quality = prototypes.certainty(f)[:, 0]
+        columns.append((F.normalize(f).to(KIND), thumbnails(images), quality, i))
     f, thumbs, quality, i = (torch.cat(column) for column in zip(*columns))
     return FaceSet(f, faces.labels[i].to(DEVICE), thumbs, quality, faces, i)
 
@@ -114,13 +110,13 @@ def embed_faces(backbone, prototypes, faces):
 def embed_benchmarks(backbone, benchmarks):
     """The FaceSet of the people in benchmarks {name: path}."""
     images, labels = benchmark_people(benchmarks, backbone.config["size"])
-    thumbs = torch.cat([thumbnails(some.to(DEVICE)) for some in images.split(256)])
-    return FaceSet(embed(backbone, images).to(KIND), labels.to(DEVICE), thumbs.to(KIND))
+    thumbs = torch.cat([thumbnails(some) for some in images.split(256)])
+    return FaceSet(embed(backbone, images).to(KIND), labels.to(DEVICE), thumbs)
 
 
 def quantile(values, q):
     """The q-quantile of a tensor of any length; torch.quantile refuses more than 16 million values."""
-    return np.quantile(values.cpu().numpy(), q).item()
+    return np.quantile(values.cpu(), q).item()
 
 
 def consistency_separability(f, labels):
@@ -133,11 +129,12 @@ def consistency_separability(f, labels):
         return (sum_of.square().sum(-1) - m) / (m * (m - 1))
 
     total, count = class_sums(f, labels)
-    total, count = total[count > 0], count[count > 0]           # leaves out who has no readable image
-    several = count > 1
+    several, centres = count > 1, F.normalize(total[count > 0])     # of those who have a readable image
     within = mean_cosine(total[several], count[several])
-    between = mean_cosine(F.normalize(total).sum(0), len(count)) if len(count) > 1 else torch.zeros(())
-    return within.mean().item() if several.any() else None, 1 - between.item()
+    between = mean_cosine(centres.sum(0), len(centres))             # 0 / 0 for one person
+    consistency = within.mean().item() if len(within) else None
+    separability = 1 - between.item() if len(centres) > 1 else 1.0
+    return consistency, separability
 
 
 def diversity(quality, labels):
@@ -150,10 +147,8 @@ def diversity(quality, labels):
 def places(labels):
     """Which image of its person each image is, from 0, and how many this person has, (M,) each."""
     order, count = labels.argsort(stable=True), torch.bincount(labels)
-    first = (count.cumsum(0) - count)[labels[order]]
-    place = torch.empty_like(labels)
-    place[order] = torch.arange(len(labels), device=labels.device) - first
-    return place, count[labels]
+    first = count.cumsum(0) - count                             # of each person's images, in this order
+    return order.argsort() - first[labels], count[labels]
 
 
 def centres_of(faces):
@@ -194,7 +189,7 @@ def as_many(count, wanted):
     order = count.argsort(descending=True, stable=True)[:(count >= enough).sum()]
     rank = (torch.arange(len(order), device=count.device) + 0.5) / len(order)
     goal = wanted.sort(descending=True).values[(rank * len(wanted)).long()]
-    return torch.zeros_like(count).index_copy(0, order, torch.minimum(count[order], goal))
+    return torch.zeros_like(count).index_copy(0, order, count[order].minimum(goal))
 
 
 def strangers_to(real, wanted, unseen=None):
@@ -213,11 +208,11 @@ def strangers_to(real, wanted, unseen=None):
 
 def genuine(real, wanted):
     """Cosines (I,) between two halves of a real person's images, of those who have as many as `wanted`."""
-    place, count = places(real.labels)
-    some = (as_many(torch.bincount(real.labels), wanted)[real.labels] > 0) & (count > 1)
-    halves, size = class_sums(real.f[some], 2 * real.labels[some] + place[some] % 2)
-    halves = halves[size > 0].unflatten(0, (-1, 2))
-    return F.cosine_similarity(halves[:, 0], halves[:, 1])
+    place, _ = places(real.labels)
+    halves, _ = class_sums(real.f, 2 * real.labels + place % 2)
+    count = torch.bincount(real.labels)
+    people = ((count > 1) & (as_many(count, wanted) > 0)).nonzero()[:, 0]
+    return F.cosine_similarity(halves[2 * people], halves[2 * people + 1])
 
 
 def lines_of(strangers):
@@ -235,7 +230,8 @@ def allowed(over, strangers, people):
     of the rate but what strangers show, the number of people is negative binomial.
     """
     j = torch.arange(people + 1, dtype=torch.double)
-    log_p = torch.lgamma(j + over + 1) - torch.lgamma(j + 1) + j * math.log(people / (people + strangers))
+    log_share = math.log(people / (people + strangers))
+    log_p = torch.lgamma(j + over + 1) - torch.lgamma(j + 1) + j * log_share
     return int((log_p.softmax(0).cumsum(0) < 0.999).sum())
 
 
@@ -249,25 +245,25 @@ def tail(cosines, line):
     excess = cosines[cosines > start].double() - start
     if line <= start or not len(excess):
         return (cosines > line).double().mean().item()
-    return len(excess) / len(cosines) * (1 + (line - start) / excess.sum().item()) ** -len(excess)
+    growth = 1 + (line - start) / excess.sum().item()
+    return len(excess) / len(cosines) * growth ** -len(excess)
 
 
 def leak_tests(found, strangers, lines):
     """{test: {line, over, allowed}}: how many of a set are over a line, and may be over it; copies: none."""
-    def over(near, test):
-        return int((near[test][0] > lines[test]).sum())
-
-    people, tests = len(found["person"][0]), {}
+    people, cosines = len(found["person"][0]), strangers["person"][0]
+    usual = allowed(int((cosines > lines["person"]).sum()), len(cosines), people)
+    tests = {}
     for test, line in lines.items():
-        most = 0
-        if test == "person":
-            most = allowed(over(strangers, test), len(strangers[test][0]), people)
-        elif test == "somebody":        # hardly any stranger is, so their share is inferred, not counted
-            many = 1e9                  # with a share that is taken as known, the number is Poisson's
-            most = allowed(many * tail(strangers[test][0], line), many, people)
-        elif test != "copy":            # a person's images are alike: what counts is the number of people
-            most = tests["person"]["allowed"] * len(found[test][0]) // people
-        tests[test] = {"line": line, "over": over(found, test), "allowed": most}
+        near, _ = found[test]
+        # A person's images are alike. So for each person who may be over, all images of one may be.
+        most = usual * len(near) // people
+        tests[test] = {"line": line, "over": int((near > line).sum()), "allowed": most}
+    tests["copy"]["allowed"] = 0
+    # Hardly any stranger is somebody, so their share is inferred, not counted. With very many strangers the
+    # share counts as known, and the number is Poisson's.
+    many, share = 1e9, tail(strangers["somebody"][0], lines["somebody"])
+    tests["somebody"]["allowed"] = allowed(many * share, many, people)
     return tests
 
 
@@ -284,217 +280,125 @@ def verdict_of(leakage, independent):
 
 def quality_row(data, prototypes):
     """One dataset's row of the report on quality."""
-    consistency, separability = consistency_separability(data.f, data.labels)
-    return {
-        "identities": len(data.faces.people),
-        "images": len(data.f),
-        "consistency": consistency,
-        "separability": separability,
-        # Published networks have no quality head, and so no D.
-        "diversity": diversity(data.quality, data.labels) if len(prototypes.real) else None}
+    C, S = consistency_separability(data.f, data.labels)
+    # Published networks have no quality head, and so no D.
+    D = diversity(data.quality, data.labels) if len(prototypes.real) else None
+    return {"identities": len(data.faces.people), "images": len(data.f),
+            "consistency": C, "separability": S, "diversity": D}
 
 
 def judge_set(data, real, unseen):
     """What the set `data` shows of real people: its `resemblance`, and a row of the report on leakage."""
     wanted = torch.bincount(data.labels)
     found, strangers = resemblance(data, real), strangers_to(real, wanted, unseen)
-    found["somebody"], strangers["somebody"] = found["person"], strangers["person"]
-    halves = genuine(real, wanted)
     # Somebody: nearer to a real person than most people are to themselves.
-    lines = lines_of(strangers) | {"somebody": quantile(halves, 0.5) if len(halves) else 1.0}
-    tests = leak_tests(found, strangers, lines)
-    recognised = (halves > lines["person"]).float().mean().item() if len(halves) else 0.0
-    leakage = {
-        "strangers": len(strangers["person"][0]),
-        "recognised": recognised,
-        "mistaken": (strangers["person"][0] > lines["somebody"]).float().mean().item(),
+    found["somebody"], strangers["somebody"] = found["person"], strangers["person"]
+    lines, halves = lines_of(strangers), genuine(real, wanted)
+    lines["somebody"] = quantile(halves, 0.5) if len(halves) else 1.0
+    tests, near = leak_tests(found, strangers, lines), strangers["person"][0]
+    return found, {
+        "strangers": len(near),
+        "recognised": (halves > lines["person"]).float().mean().item() if len(halves) else 0.0,
+        "mistaken": (near > lines["somebody"]).float().mean().item(),
         "copies": tests["copy"]["over"],
         "tests": tests}
-    return found, leakage
 
 
-def offenders(data, found, tests, real):
-    """Rows of leaks.csv for what is over a line: identity or file, test, cosine, real person and image."""
-    people, labels = [*real.faces.people], real.labels.cpu()
-    names = [*data.faces.people]
-    for test, columns in found.items():
-        cosine, which = (column.cpu() for column in columns)
-        for i in (cosine > tests[test]["line"]).nonzero()[:, 0].tolist():
-            whole = test in ("person", "somebody")
-            name = names[i] if whole else data.faces.path(data.index[i])
-            person, image = which[i], ""
-            if test in ("image", "copy"):
-                person, image = labels[which[i]], real.faces.path(real.index[which[i]])
-            yield [name, test, f"{cosine[i]:.4f}", people[person], image]
+# ------------------------------------------------------------------- many recognisers, many sets, one judge
 
-
-def closest(data, found, real):
-    """The eight images nearest to a real image, and then the real images, (16, 3, S, S) in [0, 1]."""
-    cosine, which = found["image"]
-    top = cosine.argsort(descending=True)[:8]
-    images = [data.faces[i][0] for i in data.index[top.cpu()]]
-    images += [real.faces[i][0] for i in real.index[which[top].cpu()]]
-    return torch.from_numpy(np.stack(images)) / 255
-
-
-# ----------------------------------------------------------------------------------------------------- report
-
-def averaged_of(benchmarks):
-    """The benchmarks that are averaged: those of the field's five, so that averages compare, or else all."""
-    return [name for name in FIELD if name in benchmarks] or [*benchmarks]
-
-
-def verify(recognisers, benchmarks, averaged):
-    """{recogniser: {benchmark: {accuracy, std}, average: accuracy}} on benchmarks {name: path}."""
-    models = {folder: {} for folder in recognisers}
-    read = lru_cache(1)(read_benchmark)                         # again only where the size changes
-    for name in dict.fromkeys([*averaged, *benchmarks]):        # in the field's order
-        for folder, (backbone, _, _) in recognisers.items():
-            images, same = read(benchmarks[name], backbone.config["size"])
-            models[folder][name] = verification(pair_distances(backbone, images), same)
-    for scores in models.values():
-        scores["average"] = float(np.mean([scores[name]["accuracy"] for name in averaged]))
-    return models
-
-
-def table(title, rows):
-    """A title and {row: {column: value}} as a Markdown table; None is a dash, nested values are left out."""
-    def cell(value):
-        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    columns = [name for name, value in [*rows.values()][0].items() if not isinstance(value, dict)]
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(cell(row[column]) for column in columns)] for name, row in rows.items()]
-    body = ["| " + " | ".join(text.rjust(13) for text in line) + " |" for line in lines]
-    return "\n".join([title, "", *body, "\n"])
-
-
-def describe(report, averaged):
-    """The report as Markdown tables."""
-    text = ""
-    if averaged:
-        rows = {}
-        for folder, scores in report["models"].items():
-            rows[folder] = {FIELD.get(name, name): f"{100 * score['accuracy']:.2f} ± {100 * score['std']:.2f}"
-                            for name, score in scores.items() if name != "average"}
-            rows[folder]["average"] = f"{100 * scores['average']:.2f}"
-        absent = ", ".join(title for name, title in FIELD.items() if name not in averaged) or "none"
-        text += table("Accuracy: mean ± standard deviation over folds, percent; "
-                      f"average of {', '.join(averaged)}; absent: {absent}", rows)
-    if report["datasets"]:
-        rows = report["datasets"] | {"the real faces": report["real"]}
-        text += table(f"Quality of datasets, judged by {report['judge']}", rows)
-    for name, row in report["datasets"].items():
-        leakage = row["leakage"]
-        misaligned = leakage["misaligned"]
-        checked = "not checked" if misaligned is None else f"{misaligned:+.0%} of images that are not"
-        text += table(f"{name}: {leakage['verdict']}\n\nThe judge recognises {leakage['recognised']:.0%} of "
-                      f"real people, and takes {leakage['mistaken']:.2%} of {leakage['strangers']} strangers "
-                      f"({report['strangers']}) for somebody. Alignment: {checked}. Files left out: "
-                      f"{leakage['left_out']}.", leakage["tests"])
-    return text
-
-
-def resolved(folders):
-    """Folders, or None, as a set of paths that compare, wherever links lead."""
-    return {Path(folder).resolve() for folder in folders or ()}
+def verify(backbone, benchmarks):
+    """{benchmark: {accuracy, std}} of a recogniser on benchmarks {name: path}."""
+    scores = {}
+    for name, path in benchmarks.items():
+        images, same = read_benchmark(path, backbone.config["size"])
+        scores[name] = verification(pair_distances(backbone, images), same)
+    return scores
 
 
 def had_part(meta, name):
     """Whether a recogniser was trained on the set `name`, or rejected pictures when sample.py made it."""
-    path = Path(name)
-    if path.resolve() in resolved(meta["data"]):
+    if realpath(name) in map(realpath, meta["data"]):           # wherever links lead
         return True
-    if not (path / "run.json").is_file():
+    path = Path(name) / "run.json"
+    if not path.is_file():
         return False
-    with reading(path / "run.json", "the settings of sample.py"):
-        return json.loads((path / "run.json").read_text())["fr"] == meta.get("sha256")
+    with reading(path, "the settings of sample.py"):
+        return json.loads(path.read_text())["fr"] == meta.get("sha256")
 
 
 def judge_sets(args, judge, recogniser, benchmarks, datasets):
-    """The report on `datasets`, by one recogniser, the rows of leaks.csv, and {name: `closest`}."""
-    from tools.retinaface import misaligned, weights_at_hand
+    """Compares `datasets` with real faces, as one recogniser sees them: what `write_report` needs.
+
+    That is what the report says of all sets, the FaceSet of the real faces, and an iterator that judges one
+    set at a time: its name, row of the report, FaceSet and `resemblance`.
+    """
+    from tools.retinaface import alignment_like
     backbone, prototypes, meta = recogniser
     if not args.real:
         fail("unknown what the first recogniser was trained on; name real faces with --real")
-    trained_on = resolved(meta["data"])
-    known = resolved(args.real) & trained_on
+    trained_on = {*map(realpath, meta["data"])}                 # wherever links lead
+    real_folders = {*map(realpath, args.real)}
     for name in datasets:
-        if Path(name).resolve() in trained_on | resolved(args.real):
-            fail(f"{name}: it is among the real faces, or {judge} was trained on it; name other --real or --fr")
+        if realpath(name) in trained_on | real_folders:
+            fail(f"{name}: it is among the real faces, or {judge} was trained on it; "
+                 "name other --real or --fr")
+
     size = backbone.config["size"]
     real = embed_faces(backbone, prototypes, Faces(args.real, size, flag="--real"))
-    people = len(real.faces.people)
-    if people < 2:
+    if len(real.faces.people) < 2:
         fail("--real: expected two people or more; with one, strangers are unknown")
-    print(f"real: {len(real.f)} images of {people} people in {', '.join(map(str, real.faces.roots))}")
-    weights = args.weights or weights_at_hand()
-    usual = misaligned(real.faces, weights) if weights else 0
+    print(f"real: {len(real.f)} images of {len(real.faces.people)} people in "
+          f"{', '.join(map(str, real.faces.roots))}")
+    misaligned = alignment_like(real.faces, args.weights)
 
     # Training has pushed the judge's own people apart, so then others must stand for strangers.
+    known = trained_on & real_folders
     unseen = embed_benchmarks(backbone, benchmarks) if known and benchmarks else None
     whose = "of the benchmarks" if unseen else "of the real people, each to the others"
-    report = {"judge": judge, "strangers": whose,
-              "real": quality_row(real, prototypes), "datasets": {}}
-    leaks, pictures = [], {}
-    for number, name in enumerate(datasets, 1):
+
+    def judged(name):
         data = embed_faces(backbone, prototypes, Faces([name], size, flag="--datasets"))
         found, leakage = judge_set(data, real, unseen)
         # Other crops of a person would look like nobody.
-        leakage["misaligned"] = misaligned(data.faces, weights) - usual if weights else None
+        leakage["misaligned"] = misaligned(data.faces)
         leakage["left_out"] = len(data.faces.left_out)
         leakage["verdict"] = verdict_of(leakage, not had_part(meta, name))
-        report["datasets"][name] = quality_row(data, prototypes) | {"leakage": leakage}
-        leaks += ([name, *row] for row in offenders(data, found, leakage["tests"], real))
-        pictures[f"{number}-{Path(name).name}/closest.jpg"] = closest(data, found, real)
-    return report, leaks, pictures
+        return name, quality_row(data, prototypes) | {"leakage": leakage}, data, found
+
+    head = {"judge": judge, "strangers": whose, "real": quality_row(real, prototypes)}
+    return head, real, map(judged, datasets)
 
 
 def main():
     args = parser.parse_args()
-    out = Path(args.out)
-
-    folders = args.fr or sorted(path.parent.as_posix() for path in Path("runs").glob("fr*/model.safetensors"))
-    for path in () if args.fr else Path("runs").glob("fr*"):
-        if not (path / "model.safetensors").is_file():
-            print(f"{path}: left out, because its training is not finished")
-    if not folders:
+    recognisers = {}
+    for folder in args.fr or sorted(map(Path.as_posix, Path("runs").glob("fr*"))):
+        if args.fr or (Path(folder) / "model.safetensors").is_file():
+            recognisers[folder] = load_recogniser(folder, args.bgr)
+        else:
+            print(f"{folder}: left out, because its training is not finished")
+    if not recognisers:
         fail("runs/: no recogniser in it; train one, or name it with --fr")
-    recognisers = {folder: load_recogniser(folder, args.bgr) for folder in folders}
     datasets = args.datasets
     if datasets is None:
         datasets = ["runs/virtual"] if Path("runs/virtual/manifest.csv").is_file() else []
-    refuse_inside(out, datasets)
+    refuse_inside(args.out, datasets)
 
     # Who had a part in making a set is no judge of it, if there is another.
-    others = [folder for folder, (_, _, meta) in recognisers.items()
-              if not any(had_part(meta, name) for name in datasets)]
-    judge = (others or folders)[0]
-    first = recognisers[folders[0]][2]
+    had_part_in_any = lambda folder: any(had_part(recognisers[folder][2], name) for name in datasets)
+    judge = min(recognisers, key=had_part_in_any)               # the first of several
+    _, _, first = next(iter(recognisers.values()))
     args.real = args.real or first["data"]          # the judge's own may be virtual people
     benchmarks = find_benchmarks(first["val"] if args.pairs is None else args.pairs)
     if not datasets and (args.strict or not benchmarks):
         fail("there is no set to judge: sample one, name one with --datasets, or benchmarks with --pairs")
 
-    averaged = averaged_of(benchmarks)
-    models = verify(recognisers, benchmarks, averaged) if benchmarks else {}
-    report, leaks, pictures = {"datasets": {}}, [], {}
-    if datasets:
-        report, leaks, pictures = judge_sets(args, judge, recognisers[judge], benchmarks, datasets)
-    report["models"] = models
-
-    text = describe(report, averaged)
-    print(text)
-    write_csv(out / "leaks.csv", ["dataset", "what", "test", "similarity", "person", "image"], leaks)
-    for name, images in pictures.items():
-        with replacing(out / name) as temporary:
-            save_image(images, temporary, "JPEG", nrow=len(images) // 2)
-    for name, content in (("report.json", json.dumps(report, indent=1)), ("report.md", text)):
-        with replacing(out / name) as temporary:
-            temporary.write_bytes(content.encode(errors="backslashreplace"))
-    print(f"wrote {out / 'report.json'}, report.md, leaks.csv and pictures")
-    leakages = [row["leakage"] for row in report["datasets"].values()]
-    if args.strict and any(leakage["verdict"] != "clean" or leakage["left_out"] for leakage in leakages):
+    models = {folder: verify(backbone, benchmarks)
+              for folder, (backbone, _, _) in recognisers.items()}
+    judged = judge_sets(args, judge, recognisers[judge], benchmarks, datasets) if datasets else ()
+    from tools.report import write_report
+    all_clean = write_report(args.out, models, *judged)
+    if args.strict and not all_clean:
         raise SystemExit(3)
 
 

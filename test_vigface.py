@@ -48,6 +48,7 @@ import evaluate
 import fr_train
 import model
 import sample
+import tools.report
 from model import DiT, DiTBlock, Prototypes, Recogniser
 from tools import retinaface, toys
 
@@ -2381,22 +2382,14 @@ def test_verification_follows_the_field_s_protocol(monkeypatch, pairs):
     assert evaluate.verification(distance, is_same) == pytest.approx(naive)
 
 
-def test_the_average_is_of_the_field_s_five_and_others_are_shown(monkeypatch):
-    scores = {"lfw": 0.9, "agedb_30": 0.7, "toys": 0.1}
-    monkeypatch.setattr(evaluate, "read_benchmark", lambda path, size: (path, None))
-    monkeypatch.setattr(evaluate, "pair_distances", lambda backbone, images: images)
-    accuracy = lambda name, _: {"accuracy": scores[name], "std": 0.01}
-    monkeypatch.setattr(evaluate, "verification", accuracy)
+def test_a_recogniser_is_tested_on_each_benchmark_at_its_own_size(monkeypatch):
+    read = {("one.bin", 8): (0.25, "same"), ("two.bin", 8): (0.75, "same")}
+    monkeypatch.setattr(evaluate, "read_benchmark", lambda *asked: read[asked])
+    monkeypatch.setattr(evaluate, "pair_distances", lambda backbone, images: (backbone, images))
+    monkeypatch.setattr(evaluate, "verification", lambda *found: found)
     backbone = SimpleNamespace(config=dict(size=8))
-    benchmarks = {"toys": "toys", "agedb_30": "agedb_30", "lfw": "lfw"}
-    averaged = evaluate.averaged_of(benchmarks)
-    rows = evaluate.verify({"one": (backbone, None, None)}, benchmarks, averaged)
-    assert rows["one"]["average"] == pytest.approx(0.8)
-    assert rows["one"]["toys"]["accuracy"] == 0.1
-    text = evaluate.describe({"models": rows, "datasets": {}}, averaged)
-    assert text.index("LFW ") < text.index("AgeDB ") < text.index("toys ")
-    absent = text.split("absent: ")[1].split("\n")[0]
-    assert absent == "CFP-FP, CPLFW, CALFW"
+    scores = evaluate.verify(backbone, {"one": "one.bin", "two": "two.bin"})
+    assert scores == {"one": ((backbone, 0.25), "same"), "two": ((backbone, 0.75), "same")}
 
 
 # ---------------------------------------------------------- consistency, separability, diversity; resemblance
@@ -2841,50 +2834,8 @@ def test_a_judge_names_copies_even_if_it_has_collapsed():
     verdict, leakage = judged(planted, real)
     assert verdict == "leaks" and leakage["copies"] == 1
     found, _ = evaluate.judge_set(planted, real, None)
-    rows = [[*row] for row in evaluate.offenders(planted, found, leakage["tests"], real)]
+    rows = [[*row] for row in tools.report.offenders(planted, found, leakage["tests"], real)]
     assert ["99.jpg", "copy", "1.0000", "p3", "17.jpg"] in rows
-
-
-def test_the_picture_of_the_nearest_shows_each_above_its_real_image():
-    levels = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).numpy()
-    drawn, real = torch.randperm(10), 20 + torch.randperm(10)
-    faces = [(level, None) for level in levels]
-    data_set = face_set(units(10, 6), torch.arange(10), faces=faces, index=drawn)
-    real_set = face_set(units(10, 6), torch.arange(10), faces=faces, index=real)
-    which = torch.arange(10) * 3 % 10
-    found = {"image": (torch.arange(10) / 10, which), "centre": (torch.rand(10), which * 0)}
-    images = evaluate.closest(data_set, found, real_set)
-    top = [9, 8, 7, 6, 5, 4, 3, 2]                          # the nearest first
-    assert same(images[:8, 0, 0, 0], drawn[top] / 255)
-    assert same(images[8:, 0, 0, 0], real[which[top]] / 255)
-
-
-def test_offenders_are_told_with_their_files():
-    """Of a person its name and the real person's; of an image its file and the real image's."""
-    drawn = face_set(units(3, 6), torch.tensor([0, 1, 1]), index=torch.tensor([5, 3, 4]))
-    real = face_set(units(4, 6), torch.tensor([1, 0, 1, 2]), index=torch.tensor([7, 9, 8, 6]))
-    found = {"person": (torch.tensor([0.5, 0.75]), torch.tensor([0, 2])),
-             "centre": (torch.tensor([0.5, 0.75, 0]), torch.tensor([0, 2, 0])),
-             "image": (torch.tensor([0.75, 0.5, 0]), torch.tensor([2, 0, 0])),
-             "copy": (torch.tensor([0, 0, 0.75]), torch.tensor([0, 0, 3])),
-             "somebody": (torch.tensor([0.5, 0.75]), torch.tensor([0, 2]))}
-    tests = {test: dict(line=0.5) for test in found}        # at the line is below it
-    rows = [*evaluate.offenders(drawn, found, tests, real)]
-    assert rows == [["p1", "person", "0.7500", "p2", ""],
-                    ["3.jpg", "centre", "0.7500", "p2", ""],
-                    ["5.jpg", "image", "0.7500", "p1", "8.jpg"],
-                    ["4.jpg", "copy", "0.7500", "p2", "6.jpg"],
-                    ["p1", "somebody", "0.7500", "p2", ""]]
-
-
-def test_a_table_leaves_out_what_is_nested_and_marks_what_is_unknown():
-    rows = {"set": dict(images=12, S=0.12345, D=None, leakage={})}
-    rows["real"] = dict(images=3, S=2.0, D=0.5, leakage={})
-    lines = evaluate.table("Title", rows).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
-    assert lines[0] == "Title"
-    assert cells[:2] == [["", "images", "S", "D"], ["---"] * 4]
-    assert cells[2:] == [["set", "12", "0.123", "-"], ["real", "3", "2", "0.5"]]
 
 
 class Audit:
@@ -3014,10 +2965,10 @@ def test_who_had_a_part_in_a_set(audit):
     meta = dict(data=[str(audit.cwd / "link")], sha256="a digest")
     part = lambda name, **changed: evaluate.had_part(meta | changed, audit.cwd / name)
     assert part("last") and part("link") and not part("new")            # its training data
-    assert not part("last", data=None)
+    assert not part("last", data=[])
     audit.made_by("fr")
     assert not part("new") and part("new", sha256=model.digest(audit.cwd / "runs/fr"))
-    assert not evaluate.had_part(dict(data=None), audit.cwd / "new")    # published weights
+    assert not evaluate.had_part(dict(data=[]), audit.cwd / "new")      # published weights
 
 
 def test_a_set_is_not_compared_with_itself_and_not_judged_by_who_was_trained_on_it(audit):
@@ -3058,7 +3009,7 @@ def test_strangers_are_the_people_of_benchmarks_for_the_judge_s_own_people(audit
 def test_tables_are_printed_before_anything_is_written(audit):
     """Where the report's folder cannot be written, hours of embedding are not lost."""
     for writer in ("write_csv", "replacing"):
-        audit.monkeypatch.setattr(evaluate, writer, lambda *_: model.fail("no space left"))
+        audit.monkeypatch.setattr(tools.report, writer, lambda *_: model.fail("no space left"))
     printed = here("evaluate.py", "--datasets", "new", cwd=audit.cwd, code=2)
     assert printed.index("Quality of datasets") < printed.index("new: ") < printed.index("no space left")
     assert not (audit.cwd / "runs/report").exists()

@@ -178,3 +178,13 @@ def misaligned(faces, weights):
     moved = (points - TEMPLATE).mean(1).norm(dim=1)
     aligned = ((scale[:, 0] - 1).abs() <= 0.15) & (moved <= 0.06)       # both are NaN where there is no face
     return 1 - aligned.float().mean().item()
+
+
+def alignment_like(real, weights):
+    """A function of `faces`: by how much the share that is not aligned exceeds that of the `real` ones.
+
+    Without weights, named or at hand, it gives None.
+    """
+    weights = weights or weights_at_hand()
+    usual = misaligned(real, weights) if weights else 0
+    return lambda faces: misaligned(faces, weights) - usual if weights else None

@@ -25,8 +25,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import model
-from test_vigface import contents, folder, forked, here, jpeg, people, start, stops
-from tools import align, insightface, pairs, published, retinaface, toys
+from test_vigface import (contents, face_set, folder, forked, here, jpeg, people, same, start, stops,
+                          units)
+from tools import align, insightface, pairs, published, report, retinaface, toys
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [f"{name}.py" for name in ("model", "data", "fr_train", "dit_train", "sample", "evaluate")]
@@ -1281,11 +1282,69 @@ def test_no_image_or_list_is_overwritten_with_a_benchmark(lfw):
     assert contents(lfw) == before
 
 
+# ----------------------------------------------------------------------------------------------- report.py
+
+def test_the_average_is_of_the_field_s_five_and_others_are_shown():
+    accuracy = {"toys": 0.1, "agedb_30": 0.7, "lfw": 0.9}
+    scores = {name: dict(accuracy=value, std=0.01) for name, value in accuracy.items()}
+    row = report.with_average(scores)
+    assert [*row] == ["lfw", "agedb_30", "toys", "average"] and row["toys"] == scores["toys"]
+    assert row["average"] == pytest.approx(0.8)
+    text = report.describe({"models": {"one": row}, "datasets": {}})
+    assert text.index("LFW ") < text.index("AgeDB ") < text.index("toys ")
+    absent = text.split("absent: ")[1].split("\n")[0]
+    assert absent == "CFP-FP, CPLFW, CALFW"
+    assert report.with_average({"toys": scores["toys"]})["average"] == 0.1          # of all, if none is there
+
+
+def test_the_picture_of_the_nearest_shows_each_above_its_real_image():
+    levels = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).numpy()
+    drawn, real = torch.randperm(10), 20 + torch.randperm(10)
+    faces = [(level, None) for level in levels]
+    data_set = face_set(units(10, 6), torch.arange(10), faces=faces, index=drawn)
+    real_set = face_set(units(10, 6), torch.arange(10), faces=faces, index=real)
+    which = torch.arange(10) * 3 % 10
+    found = {"image": (torch.arange(10) / 10, which), "centre": (torch.rand(10), which * 0)}
+    images = report.closest(data_set, found, real_set)
+    top = [9, 8, 7, 6, 5, 4, 3, 2]                          # the nearest first
+    assert same(images[:8, 0, 0, 0], drawn[top] / 255)
+    assert same(images[8:, 0, 0, 0], real[which[top]] / 255)
+
+
+def test_offenders_are_told_with_their_files():
+    """Of a person its name and the real person's; of an image its file and the real image's."""
+    drawn = face_set(units(3, 6), torch.tensor([0, 1, 1]), index=torch.tensor([5, 3, 4]))
+    real = face_set(units(4, 6), torch.tensor([1, 0, 1, 2]), index=torch.tensor([7, 9, 8, 6]))
+    found = {"person": (torch.tensor([0.5, 0.75]), torch.tensor([0, 2])),
+             "centre": (torch.tensor([0.5, 0.75, 0]), torch.tensor([0, 2, 0])),
+             "image": (torch.tensor([0.75, 0.5, 0]), torch.tensor([2, 0, 0])),
+             "copy": (torch.tensor([0, 0, 0.75]), torch.tensor([0, 0, 3])),
+             "somebody": (torch.tensor([0.5, 0.75]), torch.tensor([0, 2]))}
+    tests = {test: dict(line=0.5) for test in found}        # at the line is below it
+    rows = [*report.offenders(drawn, found, tests, real)]
+    assert rows == [["p1", "person", "0.7500", "p2", ""],
+                    ["3.jpg", "centre", "0.7500", "p2", ""],
+                    ["5.jpg", "image", "0.7500", "p1", "8.jpg"],
+                    ["4.jpg", "copy", "0.7500", "p2", "6.jpg"],
+                    ["p1", "somebody", "0.7500", "p2", ""]]
+
+
+def test_a_table_leaves_out_what_is_nested_and_marks_what_is_unknown():
+    rows = {"set": dict(images=12, S=0.12345, D=None, leakage={})}
+    rows["real"] = dict(images=3, S=2.0, D=0.5, leakage={})
+    lines = report.table("Title", rows).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert lines[0] == "Title"
+    assert cells[:2] == [["", "images", "S", "D"], ["---"] * 4]
+    assert cells[2:] == [["set", "12", "0.123", "-"], ["real", "3", "2", "0.5"]]
+
+
 # -------------------------------------------------------------------------------- tools and scripts
 
 def test_each_tool_and_each_script_can_be_imported_first(tmp_path):
     """Whatever is imported first, no import is circular, and no script imports a tool before it needs it."""
-    tools = [f"tools.{name}" for name in ("toys", "insightface", "retinaface", "published", "align", "pairs")]
+    names = ("toys", "insightface", "retinaface", "published", "report", "align", "pairs")
+    tools = [f"tools.{name}" for name in names]
     scripts = [name.removesuffix(".py") for name in SCRIPTS]
     (tmp_path / "first.py").write_text(f"""
 import importlib, sys
