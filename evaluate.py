@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 
-from data import Faces, benchmark_people, find_benchmarks, read_benchmark, write_csv
+from data import Faces, find_benchmarks, read_benchmark, write_csv
 from model import (DEVICE, class_sums, embed, fail, load_recogniser, reading, refuse_inside, replacing,
                    run)
 
@@ -113,6 +113,7 @@ def embed_faces(backbone, prototypes, faces):
 
 def embed_benchmarks(backbone, benchmarks):
     """The FaceSet of the people in benchmarks {name: path}."""
+    from tools.insightface import benchmark_people
     images, labels = benchmark_people(benchmarks, backbone.config["size"])
     thumbs = torch.cat([thumbnails(some.to(DEVICE)) for some in images.split(256)])
     return FaceSet(embed(backbone, images).to(KIND), labels.to(DEVICE), thumbs.to(KIND))

@@ -45,7 +45,7 @@ import fr_train
 import model
 import sample
 from model import DiT, DiTBlock, Prototypes, Recogniser
-from tools import retinaface, toys
+from tools import inputs, insightface, retinaface, toys
 
 HERE = Path(__file__).parent
 
@@ -2297,7 +2297,9 @@ def test_each_process_has_temporary_names_of_its_own(tmp_path, monkeypatch):
         one.write_text("one")
         (tmp_path / "p").mkdir()
         one.with_name("p").joinpath(one.name).touch()       # left by a killed run
-        assert data.list_images(tmp_path) == ({}, ["a.jpg"])
+        (tmp_path / "p/b.jpg").touch()
+        _, _, left_out, rows = data.list_sources([tmp_path], "--data")
+        assert left_out == {f"{tmp_path}/a.jpg"} and [name for name, *_ in rows] == [b"p/b.jpg"]
     assert (tmp_path / "a.jpg").read_text() == "one"
 
 
@@ -2519,7 +2521,7 @@ def test_people_of_benchmarks_are_embedded_as_faces_are(monkeypatch):
     monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
     images, labels = random_images(300, 32), torch.randint(9, (300,))
     people = {("benchmarks", 32): (images, labels)}
-    monkeypatch.setattr(evaluate, "benchmark_people", lambda *asked: people[asked])
+    monkeypatch.setattr(insightface, "benchmark_people", lambda *asked: people[asked])
     backbone = Linear(32)
     backbone.config = dict(size=32)
     found = evaluate.embed_benchmarks(backbone, "benchmarks")
@@ -3213,7 +3215,7 @@ def test_people_are_the_rows_of_their_names_and_others_come_after_them():
 def test_images_are_listed_by_person_and_name(tmp_path, capsys):
     """However deep they lie and behind links; not hidden ones, nor what lies above people."""
     names = "b/2.PNG a/1.jpg a/deep/0.png a/plain a/.hidden.png a/.git/3.png top.PNG a/a.txt grid.jpg"
-    names += " run.json a/.2.png.icloud a/.DS_Store a/.1.1a2b.tmp lost+found/1.png .Trash-0/p/1.png p/@eaDir/1.png"
+    names += " lfw.bin landmarks.csv README a/.2.png.icloud a/.DS_Store a/.1.1a2b.tmp lost+found/1.png .Trash-0/p/1.png p/@eaDir/1.png"
     for name in names.split():
         path = tmp_path / "set" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -3226,13 +3228,14 @@ def test_images_are_listed_by_person_and_name(tmp_path, capsys):
     (tmp_path / "set/b/2.PNG").write_bytes(b"seven b")
     expected = ["a/1.jpg", "a/deep/0.png", "a/plain", "b/2.PNG", "c/5.webp"]
     left_out = ["a/.2.png.icloud", "a/.hidden.png", "a/a.txt", "a/link.png", "a/pipe.jpg", "top.PNG"]
-    images, others = data.list_images(tmp_path / "set")
-    assert [*images] == expected and sorted(others) == left_out
+    roots, people, others, rows = data.list_sources([tmp_path / "set"], "--data")
     said = capsys.readouterr().out
     assert "left out 6 files" in said and "a/.2.png.icloud" in said
-    identities, names, sizes, others = data.list_source(tmp_path / "set")
-    assert identities == ["a", "a", "a", "b", "c"] and names == expected and sizes == [0, 0, 0, 7, 0]
-    assert sorted(others) == left_out
+    assert others == {f"{tmp_path}/set/{name}" for name in left_out}
+    names, sizes, sources, labels = zip(*rows)
+    assert roots == [tmp_path / "set"] and people == {"a": 0, "b": 1, "c": 2}
+    assert [*map(os.fsdecode, names)] == expected and labels == (0, 0, 0, 1, 2)
+    assert sizes == (0, 0, 0, 7, 0) and sources == (0,) * 5
 
 
 def test_tables_hold_any_name(tmp_path):
