@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 from functools import cached_property
+from multiprocessing import util
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def list_files(folder, below=""):
 
 
 def list_source(root):
-    """A folder; identity, name and size of each image in it, identity/image, by name; names of other files."""
+    """A folder; identity, name and size of its images identity/image, sorted by name; names of other files."""
     images, others = [], []
     for name, size in sorted(list_files(root)):
         identity, slash, _ = name.partition("/")
@@ -221,6 +222,9 @@ def apart(_):
     """Lets a worker end with the training loop, not by a signal to all: the running step needs its images."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    # When the loop is killed, its workers end in seconds; without this, they would wait for ever for
+    # somebody to read their last images.
+    util.Finalize(None, os._exit, [0], exitpriority=0)
 
 
 def batches(faces, batch, seed, first, last, landmarks=True):

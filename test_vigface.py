@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import re
+import select
 import shutil
 import signal
 import socket
@@ -45,7 +46,7 @@ import fr_train
 import model
 import sample
 from model import DiT, DiTBlock, Prototypes, Recogniser
-from tools import inputs, insightface, retinaface, toys
+from tools import insightface, retinaface, toys
 
 HERE = Path(__file__).parent
 
@@ -3238,6 +3239,23 @@ def test_images_are_listed_by_person_and_name(tmp_path, capsys):
     assert sizes == (0, 0, 0, 7, 0) and sources == (0,) * 5
 
 
+def test_a_plain_folder_needs_no_tool(tmp_path, monkeypatch):
+    """With what may lie beside its people, too; anything else is for tools/inputs.py to judge."""
+    folder(tmp_path / "a", 2, 2)
+    for name in ("lfw.bin", "grid.jpg", "manifest.csv"):
+        (tmp_path / "a" / name).touch()
+    for depth in ("L", "RGB"):
+        Image.new(depth, (32, 32)).save(tmp_path / f"a/person 0/{depth}.jpg")
+    monkeypatch.setitem(sys.modules, "tools.inputs", None)
+    faces = data.Faces([tmp_path / "a"])
+    assert len(faces) == 6 and faces.landmarks.isfinite().all((1, 2)).sum() == 4
+
+    (tmp_path / "a/person 0/notes.txt").touch()
+    for sources in (["a"], ["none"], [], ["b", "b"]):
+        with pytest.raises(ModuleNotFoundError, match="inputs"):
+            data.Faces([tmp_path / source for source in sources])
+
+
 def test_tables_hold_any_name(tmp_path):
     rows = [["a, b", "1"], ["caf\udce9", "2"], ["two\nlines", ""]]
     data.write_csv(tmp_path / "new/table.csv", ["file", "number"], rows)
@@ -3322,6 +3340,24 @@ def test_workers_are_spared_a_signal_to_the_group(tmp_path):
     workers = multiprocessing.active_children()
     assert workers and all(os.getpgid(worker.pid) != os.getpgid(0) for worker in workers)
     assert begun + [i.item() for _, i in seen] == [*range(90)]
+
+
+def test_a_killed_training_leaves_no_worker_behind(tmp_path):
+    """Though nobody reads the batches that its workers have ready."""
+    faces = numbered_set(tmp_path / "faces", 101)
+    faces.items, faces.size = None, 64                      # batches larger than a pipe holds
+    ended, alive = os.pipe()                                # closed once all who inherit it have ended
+
+    def train():
+        for _ in faces.loader([np.arange(20)] * 90):
+            os.kill(os.getpid(), signal.SIGKILL)
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    process.join()
+    os.close(alive)
+    assert process.exitcode == -signal.SIGKILL
+    assert select.select([ended], [], [], 30)[0]
+    os.close(ended)
 
 
 def test_a_crop_of_another_size_is_one_clear_line_from_a_worker_too(tmp_path, capsys):

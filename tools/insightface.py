@@ -1,6 +1,6 @@
 """InsightFace's files as they lie on disk: train.rec with its train.idx, and .bin benchmarks.
 
-data.py reads them through this module when it meets a train.rec or a .bin.
+data.py and tools/inputs.py read them through this module when they meet a train.rec or a .bin.
 """
 import io
 import pickle
