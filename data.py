@@ -78,7 +78,7 @@ def list_files(folder, below=""):
 
 
 def list_source(root):
-    """A folder; identity, name and size of its images identity/image, sorted by name; names of other files."""
+    """A folder; identity, name and size of its images identity/image, by name; names of other files."""
     images, others = [], []
     for name, size in sorted(list_files(root)):
         identity, slash, _ = name.partition("/")
