@@ -2,20 +2,16 @@
 
 A source is a folder of identity/image.jpg, or of InsightFace's train.rec and train.idx (identities are
 labels, file names are keys). It may hold landmarks.csv (file,x1,y1,...,x5,y5 in pixels: eyes, nose, mouth
-corners, left to right) and *.bin benchmarks. Where no source is named, toy faces are painted into runs/demo,
-as just such a folder. Photographs become aligned crops by tools/align.py.
+corners, left to right) and *.bin benchmarks. tools/inputs.py judges what is no plain folder of images.
+Photographs become aligned crops by tools/align.py.
 """
 import contextlib
 import csv
-import ctypes
 import hashlib
 import itertools
-import json
 import os
-import signal
-import sys
-import warnings
 from functools import cached_property
+from multiprocessing import util
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import DEVICE, RANK, WORLD, fail, reading, replacing, system_failed, to_float, why
+from model import DEVICE, RANK, WORLD, fail, reading, replacing, to_float
 
 # ---------------------------------------------------------------------------------------------------- images
 
@@ -35,21 +31,16 @@ FORMATS = [name for name in "JPEG PNG WEBP AVIF GIF BMP TIFF PPM".split() if nam
 
 
 def open_image(file):
-    """A PIL image, RGB, of a path or an open file: upright, 8 bits deep, on white where it is transparent."""
+    """A PIL image, RGB, of a path or an open file, turned upright."""
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > 2 ** 27:                            # a header may ask for any memory
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         image.load()
         with contextlib.suppress(Exception):                                # EXIF tags may be broken
             ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":                                               # grey, 16 or 32 bits deep
-        values = np.asarray(image).astype(np.float32)
-        # A guess: white is the smallest of the usual numbers that no pixel is above.
-        white = next((white for white in (1, 255, 2 ** 16 - 1) if values.max() <= white), values.max())
-        image = Image.fromarray((values * 255 / white).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode[0] in "IF" or image.has_transparency_data:                # deep grey
+        from tools.inputs import plain_image
+        image = plain_image(image)
     return image.convert("RGB")
 
 
@@ -71,78 +62,55 @@ SYSTEM = (".", "lost+found", "@eaDir", "__MACOSX", "$RECYCLE", "System Volume") 
 SPLITS = {"train", "val", "valid", "validation", "dev", "test"}                     # of people, no people
 
 
-def demo():
-    """The folder of the toy faces, which are painted on first use."""
-    root = Path("runs/demo")
-    if not root.is_dir():
-        from tools.toys import draw_demo
-        draw_demo(root)
-    return str(root)
-
-
-def check_source(name, flag):
-    """Whether a source, which a flag named, shows people of others (sample.py --real-to), and its folder."""
-    root = Path(name)
-    if not root.is_dir():
-        fail(f"{root}: no such folder; {flag} names a folder, of what is unpacked, or of a train.rec")
-    if not (root / "run.json").is_file():
-        return False, root
-    if not (root / "manifest.csv").is_file():
-        fail(f"{root}: sample.py has not finished it, or it is no set of faces")
-    with reading(root / "run.json", "the settings of sample.py"):
-        return json.loads((root / "run.json").read_text())["real_to"] is not None, root
-
-
-def list_files(root):
+def list_files(folder, below=""):
     """Yields name, with slashes, and size of what lies below a folder, however deep; None of what is no file.
 
     Hidden folders and those of the system are passed by.
     """
-    def refuse(error):
-        raise error                                 # because os.walk skips a folder that it may not read
-
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(SYSTEM)]      # before they are opened
-        below = Path(folder).relative_to(root).as_posix()
-        for file in files:
-            path = f"{folder}/{file}"
-            size = os.path.getsize(path) if os.path.isfile(path) else None          # a pipe would hang
-            yield f"{below}/{file}".removeprefix("./"), size
-
-
-def list_images(root):
-    """{name: size} of the images identity/image below a folder, by name; the names of files left out.
-
-    These are hidden images, images in nobody's folder, and what lies in somebody's folder and is no image.
-    """
-    images, left_out = {}, []
-    for name, size in list_files(root):
-        file = Path(name.lower())
-        of_somebody = "/" in name and file.name[0] != "."
-        if of_somebody and size is not None and file.suffix in SUFFIXES:
-            images[name] = size
-        elif of_somebody or {*file.suffixes} & {*SUFFIXES} and name != "grid.jpg":      # also .1.jpg.icloud
-            left_out.append(name)
-    if left_out:
-        print(f"{root}: left out {len(left_out)} files that are hidden, in nobody's folder, or no images by "
-              f"their names, such as {min(left_out)}")
-    return dict(sorted(images.items())), left_out
+    for entry in os.scandir(folder):
+        name = below + entry.name
+        if os.path.isfile(entry):
+            yield name, entry.stat().st_size
+        elif not os.path.isdir(entry):                          # a pipe would hang; a link may lead nowhere
+            yield name, None
+        elif not entry.name.startswith(SYSTEM):
+            yield from list_files(entry, f"{name}/")
 
 
 def list_source(root):
-    """What a source holds: identity, name and size (of a record: offset) of each image; what is left out."""
-    images, left_out = list_images(root)
-    if (root / "train.rec").is_file():
-        if images:
-            fail(f"{root}: holds train.rec and folders of images, such as {min(images)}; expected one")
-        from tools.insightface import list_records
-        return *list_records(root / "train.rec"), left_out
-    if not images:
-        fail(f"{root}: no images identity/image.jpg in it, and no train.rec; unpack what is packed")
-    identities = [name.split("/")[0] for name in images]
-    if split := next((name for name in identities if name.lower() in SPLITS), None):
-        fail(f"{root}/{split} would be a person; expected identity/image.jpg below --data {root}/{split}")
-    return identities, [*images], [*images.values()], left_out
+    """A folder; identity, name and size of its images identity/image, by name; names of other files."""
+    images, others = [], []
+    for name, size in sorted(list_files(root)):
+        identity, slash, _ = name.partition("/")
+        file = Path(name)
+        somebody = slash and identity.lower() not in SPLITS and file.name[0] != "."
+        if somebody and size is not None and file.suffix.lower() in SUFFIXES:
+            images.append((identity, name, size))
+        elif slash or name != "grid.jpg" and file.suffix not in (".csv", ".bin"):
+            others.append(name)
+    return root, images, others
+
+
+def list_sources(sources, flag):
+    """What sources, which `flag` names, hold together.
+
+    Returns their folders, people {identity: label}, the paths of files that are left out, and of each image
+    name in bytes, size, number of its source, label. For a train.rec, key and offset are name and size.
+    """
+    roots = [*map(Path, sources)]
+    there = all(root.is_dir() for root in roots)
+    listed = [list_source(root) for root in roots if there]
+    if [bool(images) and not others for _, images, others in listed] != [True]:     # not one plain folder
+        from tools.inputs import judge_sources
+        listed = judge_sources(roots, listed, flag)
+
+    people, left_out, rows = {}, set(), []
+    for i, (root, images, others) in enumerate(listed):
+        left_out |= {f"{root}/{name}" for name in others}
+        for identity, name, size in images:
+            label = people.setdefault(identity, len(people))
+            rows.append((os.fsencode(name), size, i, label))
+    return [root for root, _, _ in listed], people, left_out, rows
 
 
 class Faces(Dataset):
@@ -151,39 +119,23 @@ class Faces(Dataset):
     An item is an image, uint8 array (3, S, S), and its index, by which labels and landmarks ([0, 1], or NaN)
     are found. In place of an image that cannot be read comes the next one that can, with that one's index.
     Sets that fit in `memory` bytes are decoded once, others when needed. `left_out` has the paths of files
-    that are not shown: see `list_images`, and images that could not be read in a scan.
+    that are not shown: see tools/inputs.py, and images that could not be read in a scan.
     """
 
     def __init__(self, sources, size=None, memory=3e9, flag="--data"):
-        self.people, self.left_out, self.items = {}, set(), None            # {identity: label}
-        self.roots, self.sides = [], []                                     # of each source
-        self.names, self.places, self.source, labels = [], [], [], []       # of each image
-        if not sources:
-            fail(f"nobody said which faces: {flag} names their folders")
-        checked = [check_source(source, flag) for source in sources]
-        for fills_up, root in sorted(checked, key=lambda source: source[0]):
-            identities, names, places, left_out = list_source(root)
-            if shared := self.people.keys() & {*identities}:
-                refuse_strangers(root, shared, fills_up)
-            labels += [self.people.setdefault(identity, len(self.people)) for identity in identities]
-            first = len(self.names)
-            self.names += map(os.fsencode, names)
-            self.places += places
-            self.source += [len(self.roots)] * len(names)
-            self.roots.append(root)
-            self.left_out |= {f"{root}/{name}" for name in left_out}
-
-            # The first image that can be read tells the size of all in this source.
-            with reading(root, "images"):
-                image, i = self.readable(first)
-                if i < first:
-                    raise ValueError("none of its images can be read")
-            self.sides.append(image.width)
-
+        self.roots, self.people, self.left_out, rows = list_sources(sources, flag)
         # Arrays, because Python lists are copied into every worker.
-        self.names, self.places, self.source = map(np.array, (self.names, self.places, self.source))
-        self.labels = torch.tensor(labels)
+        self.names, self.places, self.source, labels = map(np.array, zip(*rows))
+        self.labels = torch.from_numpy(labels)
+
+        # The first image of a source that can be read tells the size of all.
+        self.sides, self.items = [], None
+        for i, root in enumerate(self.roots):
+            with reading(root, "images"):
+                image, _ = self.readable(np.searchsorted(self.source, i))
+            self.sides.append(image.width)
         self.size = size or self.sides[0]
+
         if len(self) * 3 * self.size ** 2 <= memory:
             read = self.scan(torch.arange(len(self)), "reading images")
             self.items = [item for batch in read for item in zip(*(part.numpy() for part in batch))]
@@ -211,20 +163,15 @@ class Faces(Dataset):
         if b"/" in self.names[i]:
             return open_image(self.path(i))
         from tools.insightface import read_record
-        return open_image(read_record(self.roots[self.source[i]] / "train.rec", self.places[i]))
+        return open_image(read_record(self, i))
 
     def readable(self, i):
-        """The PIL image i, or the next that can be read, and its index."""
-        for j in range(i, i + len(self)):
-            j %= len(self)
-            try:
-                return self.open(j), j
-            except Exception as error:                              # images break in every possible way
-                if system_failed(error):
-                    raise
-                cause = why(self.path(j), error)
-                warnings.warn(f"{self.path(j)}: cannot be read ({cause}); the next image stands in")
-        raise ValueError(f"{self.path(i)}: neither this nor any other image can be read")
+        """The PIL image i, or the next of its source that can be read, and its index."""
+        try:
+            return self.open(i), i
+        except Exception:                                           # images break in every possible way
+            from tools.inputs import stand_in
+            return stand_in(self, i)
 
     def __getitem__(self, i):
         if self.items is not None:
@@ -244,9 +191,9 @@ class Faces(Dataset):
         loader = DataLoader(self, batch_sampler=map(np.asarray, order), num_workers=workers,
                             collate_fn=stacked, pin_memory=pin, worker_init_fn=apart)
         try:
-            for images, indices in loader:
-                images = torch.from_numpy(images)
-                yield images.pin_memory() if pin else images, torch.from_numpy(indices)
+            for batch in loader:
+                images, indices = map(torch.from_numpy, batch)
+                yield images.pin_memory() if pin else images, indices
         except ValueError as error:                 # a worker's has its traceback before the last line
             fail(str(error).splitlines()[-1].removeprefix("ValueError: "))
 
@@ -259,23 +206,11 @@ class Faces(Dataset):
             yield images, i
 
 
-def refuse_strangers(root, shared, fills_up):
-    """Says how many people a source shares with those before it, by their names.
-
-    Ends the program if they are bare numbers, because number 7 is somebody else in every set; not so if the
-    source fills up people of other sources.
-    """
-    print(f"{root}: {len(shared)} of its people are in other sources, too, such as {min(shared)}")
-    if not fills_up and any(name.isdigit() for name in shared):
-        fail(f"{root}: people who are numbers in two sources, such as {min(shared)}, may be strangers; give "
-             "them other names, in folders, or use one of the sources")
-
-
 def rows_of(people, names):
     """The place in `names` of each of the people (I,); somebody who is not there gets one after the last."""
-    row_of = {name: len(names) + i for i, name in enumerate(people)}
-    row_of |= {name: row for row, name in enumerate(names)}
-    return torch.tensor([row_of[name] for name in people])
+    row_of = {name: row for row, name in enumerate(names)}
+    return torch.tensor([row_of.get(name, len(names) + i)
+                         for i, name in enumerate(people)])
 
 
 def stacked(items):
@@ -285,9 +220,11 @@ def stacked(items):
 
 def apart(_):
     """Lets a worker end with the training loop, not by a signal to all: the running step needs its images."""
-    if sys.platform == "linux":
+    if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                  # PR_SET_PDEATHSIG
+    # When the loop is killed, its workers end in seconds; without this, they would wait for ever for
+    # somebody to read their last images.
+    util.Finalize(None, os._exit, [0], exitpriority=0)
 
 
 def batches(faces, batch, seed, first, last, landmarks=True):
@@ -299,13 +236,14 @@ def batches(faces, batch, seed, first, last, landmarks=True):
     per_epoch = len(faces) // batch
 
     def order():
-        for epoch in itertools.count(first // per_epoch):
-            shuffled = np.random.default_rng([abs(seed), epoch]).permutation(len(faces))
-            yield from shuffled[:per_epoch * batch].reshape(per_epoch, batch)[:, RANK::WORLD]
+        for step in range(first, last):
+            epoch, place = divmod(step, per_epoch)
+            if step == first or place == 0:
+                shuffled = np.random.default_rng([abs(seed), epoch]).permutation(len(faces))
+            yield shuffled[place * batch:][:batch][RANK::WORLD]
 
     columns = [faces.labels, faces.landmarks] if landmarks else [faces.labels]
-    before = first % per_epoch                                      # steps of this epoch that are done
-    for images, i in faces.loader(itertools.islice(order(), before, before + last - first)):
+    for images, i in faces.loader(order()):
         parts = [images, *(column[i] for column in columns)]
         images, *rest = (part.to(DEVICE, non_blocking=True) for part in parts)
         yield to_float(images), *rest
@@ -315,8 +253,8 @@ def batches(faces, batch, seed, first, last, landmarks=True):
 
 def read_benchmark(path, size):
     """Images uint8 (2P, 3, S, S) of an InsightFace .bin; whether images 2p and 2p + 1 are one person (P,)."""
-    from tools.insightface import decode_bin
-    return decode_bin(path, size)
+    from tools.insightface import read_benchmark
+    return read_benchmark(path, size)
 
 
 def find_benchmarks(paths, folders=()):
@@ -326,12 +264,6 @@ def find_benchmarks(paths, folders=()):
         return {}
     from tools.insightface import choose_benchmarks, named_benchmarks
     return named_benchmarks(paths) if paths else choose_benchmarks(beside)
-
-
-def benchmark_people(benchmarks, size):
-    """All images (M, 3, S, S) of benchmarks {name: path}, and labels (M,): people, as their pairs tell."""
-    from tools.insightface import people_of_pairs
-    return people_of_pairs(read_benchmark(path, size) for path in benchmarks.values())
 
 
 # ----------------------------------------------------------------------------------------- tables, landmarks
@@ -356,30 +288,28 @@ def write_csv(path, header, rows):
 
 def write_landmarks(path, rows):
     """Writes landmarks.csv from pairs of a file name in its folder and landmarks (5, 2) in pixels."""
-    header = ["file", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")]
+    header = "file x1 y1 x2 y2 x3 y3 x4 y4 x5 y5".split()
     write_csv(path, header, ([name, *map("{:.2f}".format, face.flatten().tolist())] for name, face in rows))
 
 
 def read_landmarks(root, names, side):
     """Landmarks (M, 5, 2) in [0, 1] of images of `side` pixels, by their names; NaN where there are none."""
-    path, row_of = root / "landmarks.csv", {name: i for i, name in enumerate(names)}
-    landmarks = torch.full((len(names), 5, 2), torch.nan)
-    if not path.is_file():
-        return landmarks
-    with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"):
-        lines = read_csv(path)
-        header = lines and lines[0][-1].strip()[:1].isalpha()
-        rows = {name: numbers for name, *numbers in lines[bool(header):]}
-        for name, numbers in rows.items():
-            points = np.array(numbers, np.float64) / side
-            if points.shape != (10,) or not (abs(points - 0.5) < 1.5).all():
-                raise ValueError(f"the row of {name} is {numbers}, not ten numbers in or near {side} pixels")
-            if name in row_of:
-                landmarks[row_of[name]] = torch.from_numpy(points).view(5, 2)
-    if unknown := rows.keys() - row_of.keys():
-        print(f"{path}: {len(unknown)} of its {len(rows)} rows name no image here, such as {min(unknown)}")
+    path, rows, none = root / "landmarks.csv", {}, np.full(10, np.nan)
+    if path.is_file():
+        with reading(path, "lines of file,x1,y1,...,x5,y5 in pixels"):
+            lines = read_csv(path)
+            header = lines and lines[0][-1].strip()[:1].isalpha()
+            for name, *numbers in lines[bool(header):]:
+                points = np.array(numbers, np.float64) / side
+                if points.shape != (10,) or not (abs(points - 0.5) < 1.5).all():
+                    raise ValueError(f"the row of {name} is {numbers}, not ten numbers in or near {side} "
+                                     "pixels")
+                rows[name] = points
+    landmarks = np.array([rows.get(name, none) for name in names])
+    landmarks = torch.from_numpy(landmarks).float().view(-1, 5, 2)
     distance = (landmarks - TEMPLATE).norm(dim=2).nanmean()
-    if distance > 0.2:                      # right files had 0.15 at most
-        print(f"{path}: WARNING landmarks are {distance:.2f} of the image away from an aligned face's; they "
-              "should be pixels, x before y, of left eye, right eye, nose, left and right mouth corner")
+    unknown = rows.keys() - {*names}
+    if unknown or distance > 0.2:                                   # right files had 0.15 at most
+        from tools.inputs import tell_landmarks
+        tell_landmarks(path, rows, unknown, distance)
     return landmarks

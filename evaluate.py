@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Faces, benchmark_people, find_benchmarks, read_benchmark
+from data import Faces, find_benchmarks, read_benchmark
 from model import DEVICE, class_sums, embed, fail, load_recogniser, reading, refuse_inside, run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,6 +109,7 @@ def embed_faces(backbone, prototypes, faces):
 
 def embed_benchmarks(backbone, benchmarks):
     """The FaceSet of the people in benchmarks {name: path}."""
+    from tools.insightface import benchmark_people
     images, labels = benchmark_people(benchmarks, backbone.config["size"])
     thumbs = torch.cat([thumbnails(some) for some in images.split(256)])
     return FaceSet(embed(backbone, images).to(KIND), labels.to(DEVICE), thumbs)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import Faces, batches, demo, find_benchmarks, read_benchmark
+from data import Faces, batches, find_benchmarks, read_benchmark
 from evaluate import nearest, pair_distances, quantile, verification
 from model import (DEVICE, MARGINS, RECOGNISERS, WORLD, Prototypes, Recogniser, autocast, claim,
                    compiled, fail, log, person_moment, positive, resume, run, save_model, save_state,
@@ -104,7 +104,7 @@ def main():
         fail("fr_train.py uses one GPU: start it without torchrun")
     out = Path(args.out)
 
-    faces = Faces(args.data or [demo()], args.size)
+    faces = Faces(args.data or ["runs/demo"], args.size)
     fill_in(args, faces)
     n, k, batch, recipe = len(faces.people), args.virtual, args.batch, RECOGNISERS[args.arch]
     per_epoch = len(faces) // batch

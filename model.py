@@ -62,19 +62,6 @@ def system_failed(error):
     return isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)
 
 
-def why(path, error):
-    """Why a file cannot be read: what it is in place of what was expected, or else the error."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        start = file.read(50).strip().lower()
-        if start.startswith(b"version https://git-lfs"):
-            return "it is a pointer of Git LFS; `git lfs pull` fetches the file itself"
-        if start.startswith((b"<!doctype", b"<html")):
-            return "it is a web page; download the file itself"
-    if "weights_only" in str(error):                        # where PyTorch advises to run what is in it
-        return "it is damaged, or holds more than tensors"
-    return f"{type(error).__name__}: {str(error)[:300]}"
-
-
 def refuse_inside(out, folders):
     """Ends the program if `out` lies in one of the folders: what is written there would become faces."""
     for folder in folders:
@@ -92,6 +79,7 @@ def reading(path, expected):
     except Exception as error:
         if system_failed(error):
             raise                                           # `run` reports it
+        from tools.inputs import why
         fail(f"{path}: expected {expected}; {why(path, error)}")
 
 

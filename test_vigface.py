@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import re
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -50,7 +51,7 @@ import model
 import sample
 import tools.report
 from model import DiT, DiTBlock, Prototypes, Recogniser
-from tools import retinaface, toys
+from tools import insightface, retinaface, toys
 
 HERE = Path(__file__).parent
 
@@ -2170,7 +2171,8 @@ def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path, monke
     assert rows.tolist() == [2, after, 3, 0] and after >= 4
     prototypes = randomise(Prototypes(4, 3, 6))
     wanted = torch.tensor([2, 2, 2])
-    real = sample.embed_real(Linear(16), prototypes, faces, rows, wanted)
+    backbone = Linear(16)
+    real = sample.embed_real(backbone, prototypes, faces, rows, wanted)
     assert real.labels.tolist() == [2, 2, after, after, 3, 3, 0, 0]
     for row, centre in enumerate(real.centres):             # the first person after all rows is nobody
         of_row = real.f[real.labels == row]
@@ -2183,7 +2185,7 @@ def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path, monke
 
     # Who is too near by all pictures together needs enough strangers.
     monkeypatch.setattr(sample, "ENOUGH", 5)
-    few = sample.embed_real(Linear(16), prototypes, faces, rows, wanted)
+    few = sample.embed_real(backbone, prototypes, faces, rows, wanted)
     assert few.lines == real.lines | {"person": 1.0}
     assert "4 strangers are too few" in capsys.readouterr().out
 
@@ -2301,7 +2303,9 @@ def test_each_process_has_temporary_names_of_its_own(tmp_path, monkeypatch):
         one.write_text("one")
         (tmp_path / "p").mkdir()
         one.with_name("p").joinpath(one.name).touch()       # left by a killed run
-        assert data.list_images(tmp_path) == ({}, ["a.jpg"])
+        (tmp_path / "p/b.jpg").touch()
+        _, _, left_out, rows = data.list_sources([tmp_path], "--data")
+        assert left_out == {f"{tmp_path}/a.jpg"} and [name for name, *_ in rows] == [b"p/b.jpg"]
     assert (tmp_path / "a.jpg").read_text() == "one"
 
 
@@ -2515,7 +2519,7 @@ def test_people_of_benchmarks_are_embedded_as_faces_are(monkeypatch):
     monkeypatch.setattr(model, "autocast", contextlib.nullcontext)
     images, labels = random_images(300, 32), torch.randint(9, (300,))
     people = {("benchmarks", 32): (images, labels)}
-    monkeypatch.setattr(evaluate, "benchmark_people", lambda *asked: people[asked])
+    monkeypatch.setattr(insightface, "benchmark_people", lambda *asked: people[asked])
     backbone = Linear(32)
     backbone.config = dict(size=32)
     found = evaluate.embed_benchmarks(backbone, "benchmarks")
@@ -3167,7 +3171,7 @@ def test_people_are_the_rows_of_their_names_and_others_come_after_them():
 def test_images_are_listed_by_person_and_name(tmp_path, capsys):
     """However deep they lie and behind links; not hidden ones, nor what lies above people."""
     names = "b/2.PNG a/1.jpg a/deep/0.png a/plain a/.hidden.png a/.git/3.png top.PNG a/a.txt grid.jpg"
-    names += " run.json a/.2.png.icloud a/.DS_Store a/.1.1a2b.tmp lost+found/1.png .Trash-0/p/1.png p/@eaDir/1.png"
+    names += " lfw.bin landmarks.csv README a/.2.png.icloud a/.DS_Store a/.1.1a2b.tmp lost+found/1.png .Trash-0/p/1.png p/@eaDir/1.png"
     for name in names.split():
         path = tmp_path / "set" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -3180,13 +3184,31 @@ def test_images_are_listed_by_person_and_name(tmp_path, capsys):
     (tmp_path / "set/b/2.PNG").write_bytes(b"seven b")
     expected = ["a/1.jpg", "a/deep/0.png", "a/plain", "b/2.PNG", "c/5.webp"]
     left_out = ["a/.2.png.icloud", "a/.hidden.png", "a/a.txt", "a/link.png", "a/pipe.jpg", "top.PNG"]
-    images, others = data.list_images(tmp_path / "set")
-    assert [*images] == expected and sorted(others) == left_out
+    roots, people, others, rows = data.list_sources([tmp_path / "set"], "--data")
     said = capsys.readouterr().out
     assert "left out 6 files" in said and "a/.2.png.icloud" in said
-    identities, names, sizes, others = data.list_source(tmp_path / "set")
-    assert identities == ["a", "a", "a", "b", "c"] and names == expected and sizes == [0, 0, 0, 7, 0]
-    assert sorted(others) == left_out
+    assert others == {f"{tmp_path}/set/{name}" for name in left_out}
+    names, sizes, sources, labels = zip(*rows)
+    assert roots == [tmp_path / "set"] and people == {"a": 0, "b": 1, "c": 2}
+    assert [*map(os.fsdecode, names)] == expected and labels == (0, 0, 0, 1, 2)
+    assert sizes == (0, 0, 0, 7, 0) and sources == (0,) * 5
+
+
+def test_a_plain_folder_needs_no_tool(tmp_path, monkeypatch):
+    """With what may lie beside its people, too; anything else is for tools/inputs.py to judge."""
+    folder(tmp_path / "a", 2, 2)
+    for name in ("lfw.bin", "grid.jpg", "manifest.csv"):
+        (tmp_path / "a" / name).touch()
+    for depth in ("L", "RGB"):
+        Image.new(depth, (32, 32)).save(tmp_path / f"a/person 0/{depth}.jpg")
+    monkeypatch.setitem(sys.modules, "tools.inputs", None)
+    faces = data.Faces([tmp_path / "a"])
+    assert len(faces) == 6 and faces.landmarks.isfinite().all((1, 2)).sum() == 4
+
+    (tmp_path / "a/person 0/notes.txt").touch()
+    for sources in (["a"], ["none"], [], ["b", "b"]):
+        with pytest.raises(ModuleNotFoundError, match="inputs"):
+            data.Faces([tmp_path / source for source in sources])
 
 
 def test_tables_hold_any_name(tmp_path):
@@ -3273,6 +3295,24 @@ def test_workers_are_spared_a_signal_to_the_group(tmp_path):
     workers = multiprocessing.active_children()
     assert workers and all(os.getpgid(worker.pid) != os.getpgid(0) for worker in workers)
     assert begun + [i.item() for _, i in seen] == [*range(90)]
+
+
+def test_a_killed_training_leaves_no_worker_behind(tmp_path):
+    """Though nobody reads the batches that its workers have ready."""
+    faces = numbered_set(tmp_path / "faces", 101)
+    faces.items, faces.size = None, 64                      # batches larger than a pipe holds
+    ended, alive = os.pipe()                                # closed once all who inherit it have ended
+
+    def train():
+        for _ in faces.loader([np.arange(20)] * 90):
+            os.kill(os.getpid(), signal.SIGKILL)
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    process.join()
+    os.close(alive)
+    assert process.exitcode == -signal.SIGKILL
+    assert select.select([ended], [], [], 30)[0]
+    os.close(ended)
 
 
 def test_a_crop_of_another_size_is_one_clear_line_from_a_worker_too(tmp_path, capsys):

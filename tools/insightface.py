@@ -1,6 +1,6 @@
 """InsightFace's files as they lie on disk: train.rec with its train.idx, and .bin benchmarks.
 
-data.py reads them through this module when it meets a train.rec or a .bin.
+data.py and tools/inputs.py read them through this module when they meet a train.rec or a .bin.
 """
 import io
 import pickle
@@ -13,19 +13,20 @@ import torch
 from tqdm import tqdm
 
 from data import open_image, processors, to_tensor
-from model import fail, reading, why
+from model import fail, reading
+from tools.inputs import why
 
 # ---------------------------------------------------------------------------------------------------- records
 
-def read_record(path, offset):
-    """The encoded image, an open file, of the record at `offset`."""
-    content = np.memmap(path, mode="r")
+def read_record(faces, i):
+    """The encoded image i of a `Faces`, an open file, from the record at its place."""
+    content, offset = np.memmap(faces.roots[faces.source[i]] / "train.rec", mode="r"), faces.places[i]
     _, length, flag = struct.unpack_from("<III", content, offset)
     return io.BytesIO(content[offset + 32 + 4 * flag:offset + 8 + length])
 
 
 def list_records(path):
-    """Identities, keys and offsets of the images in an InsightFace .rec file, which its .idx lists."""
+    """Identity, key and offset of each image in an InsightFace .rec file, which its .idx lists."""
     # A record: magic, length, flag, label, two ids, `flag` more labels (which then count), image or none.
     found, split = [], 0
     index = path.with_suffix(".idx")
@@ -47,7 +48,7 @@ def list_records(path):
         print(f"{path}: WARNING all records have one label; if a list has identities, unpack into folders")
     if not found:
         fail(f"{path}: it has no images that can be read")
-    return zip(*found)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- benchmarks
@@ -117,11 +118,23 @@ def read_bin(path):
     return images, same
 
 
-def people_of_pairs(benchmarks):
-    """The distinct images (M, 3, S, S) of several benchmarks, each images (2P, ...) and whether pairs are one
-    person (P,), and labels (M,): two images are one person's if a chain of pairs says so."""
+def read_benchmark(path, size):
+    """Images uint8 (2P, 3, S, S) of a .bin; whether images 2p and 2p + 1 are one person (P,)."""
+    decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
+    with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
+        encoded, same = read_bin(path)
+        images = tqdm(pool.map(decode, encoded), f"reading {path}", len(encoded), leave=False, mininterval=1)
+        return torch.stack([*images]), same
+
+
+def benchmark_people(benchmarks, size):
+    """The distinct images (M, 3, S, S) of benchmarks {name: path}, and labels (M,).
+
+    Two images are one person's if a chain of pairs says so.
+    """
     number, distinct, pairs = {}, [], []
-    for images, same in benchmarks:
+    for path in benchmarks.values():
+        images, same = read_benchmark(path, size)
         keys = [hash(image.numpy().tobytes()) for image in images]
         new = {key: i for i, key in enumerate(keys) if key not in number}
         number |= {key: len(number) + i for i, key in enumerate(new)}
@@ -134,15 +147,6 @@ def people_of_pairs(benchmarks):
         lowest = labels[pairs].amin(1).repeat_interleave(2)
         labels.scatter_reduce_(0, pairs.flatten(), lowest, "amin")
     return distinct, labels.unique(return_inverse=True)[1]
-
-
-def decode_bin(path, size):
-    """Images uint8 (2P, 3, S, S) of a .bin; whether images 2p and 2p + 1 are one person (P,)."""
-    decode = lambda image: to_tensor(open_image(io.BytesIO(image)), size)
-    with reading(path, "an InsightFace .bin benchmark"), ThreadPoolExecutor(processors()) as pool:
-        encoded, same = read_bin(path)
-        images = tqdm(pool.map(decode, encoded), f"reading {path}", len(encoded), leave=False, mininterval=1)
-        return torch.stack([*images]), same
 
 
 def named_benchmarks(paths):

@@ -221,12 +221,14 @@ def test_records_are_listed_and_read_as_they_were_written(tmp_path, capsys):
     images = [jpeg(image) for image in people(5, 1)[0]]
     in_parts = jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), comment=b"ab" + MAGIC + b"c" + MAGIC)
     write_records(tmp_path / "r", [*images, in_parts], [7, 7, 0, 0, 4, 9])
-    identities, keys, offsets = insightface.list_records(tmp_path / "r/train.rec")
+    identities, keys, offsets = zip(*insightface.list_records(tmp_path / "r/train.rec"))
     assert identities == ("7", "7", "0", "0", "4")
     assert keys == ("1", "2", "3", "4", "5")
     assert "left out 1 records" in capsys.readouterr().out
-    for image, offset in zip(images, offsets, strict=True):
-        assert insightface.read_record(tmp_path / "r/train.rec", offset).read() == image
+    faces = data.Faces([tmp_path / "r"])
+    assert faces.places.tolist() == [*offsets]
+    for i, image in enumerate(images):
+        assert insightface.read_record(faces, i).read() == image
 
 
 def test_records_are_a_training_set_as_they_lie(tmp_path):
@@ -317,12 +319,18 @@ def test_a_benchmark_may_be_made_of_numpy_s_arrays(tmp_path, protocol):
         assert torch.equal(found, expected[1])
 
 
-def test_people_of_benchmarks_are_known_by_chains_of_pairs(tmp_path):
+def people_of_pairs(monkeypatch, *benchmarks):
+    """The images and labels of benchmarks, each of which is images and whether pairs are one person's."""
+    monkeypatch.setattr(insightface, "read_benchmark", lambda benchmark, _: benchmark)
+    return insightface.benchmark_people(dict(enumerate(benchmarks)), 8)
+
+
+def test_people_of_benchmarks_are_known_by_chains_of_pairs(monkeypatch):
     """Each image once, also if two benchmarks show it; nobody who is in two pairs is two people."""
     grey = lambda *levels: torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     first = grey(1, 2, 3, 4, 2, 3, 5, 1), torch.tensor([True, True, True, False])   # 1 2, 3 4, 2 3
     second = grey(6, 5, 7, 8, 9, 9), torch.tensor([True, False, True])              # 6 5
-    images, labels = insightface.people_of_pairs([first, second])
+    images, labels = people_of_pairs(monkeypatch, first, second)
     assert images.shape[1:] == (3, 8, 8)
     levels = images[:, 0, 0, 0].tolist()
     assert sorted(levels) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -333,14 +341,14 @@ def test_people_of_benchmarks_are_known_by_chains_of_pairs(tmp_path):
     assert sorted(map(sorted, people.values())) == [[1, 2, 3, 4], [5, 6], [7], [8], [9]]
 
     different = grey(1, 2, 3, 4), torch.tensor([False, False])
-    assert len({*insightface.people_of_pairs([different])[1].tolist()}) == 4
+    assert len({*people_of_pairs(monkeypatch, different)[1].tolist()}) == 4
 
 
-def test_a_long_chain_of_pairs_is_one_person():
+def test_a_long_chain_of_pairs_is_one_person(monkeypatch):
     levels = torch.arange(200, dtype=torch.uint8)[torch.randperm(200)]
     chain = torch.stack([levels[:-1], levels[1:]], 1).flatten()
     images = chain.view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    found, labels = insightface.people_of_pairs([(images, torch.ones(199, dtype=torch.bool))])
+    found, labels = people_of_pairs(monkeypatch, (images, torch.ones(199, dtype=torch.bool)))
     assert len(found) == 200 and not labels.any()
 
 
@@ -348,7 +356,7 @@ def test_the_people_of_benchmarks_are_read_from_their_files(tmp_path):
     """Of twenty people with four equal images each, everybody has one."""
     write_benchmark(tmp_path / "t.bin")
     benchmarks = {"t": tmp_path / "t.bin", "again": tmp_path / "t.bin"}
-    images, labels = data.benchmark_people(benchmarks, 16)
+    images, labels = insightface.benchmark_people(benchmarks, 16)
     assert images.shape == (20, 3, 16, 16)
     assert sorted(labels.tolist()) == [*range(20)]
 
@@ -1343,8 +1351,8 @@ def test_a_table_leaves_out_what_is_nested_and_marks_what_is_unknown():
 
 def test_each_tool_and_each_script_can_be_imported_first(tmp_path):
     """Whatever is imported first, no import is circular, and no script imports a tool before it needs it."""
-    names = ("toys", "insightface", "retinaface", "published", "report", "align", "pairs")
-    tools = [f"tools.{name}" for name in names]
+    tools = "toys inputs insightface retinaface published report align pairs".split()
+    tools = [f"tools.{name}" for name in tools]
     scripts = [name.removesuffix(".py") for name in SCRIPTS]
     (tmp_path / "first.py").write_text(f"""
 import importlib, sys

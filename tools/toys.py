@@ -1,4 +1,4 @@
-"""The toy faces of the demo, painted by formulas; data.py asks for them when no --data is named.
+"""The toy faces of the demo, painted by formulas; tools/inputs.py asks for them when no --data is named.
 
 A toy head is a sphere, seen higher than wide, on which spots are painted one over the other. A place on it
 is also its normal: (right, down, ahead), of length 1. Every number of a person and of a picture varies
