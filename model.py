@@ -11,7 +11,6 @@ viewer sees left and right.
 """
 import argparse
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -53,15 +52,6 @@ def positive(text):
     return int(text)
 
 
-def system_failed(error):
-    """Whether the system caused an error, and not a file: no memory, a disk that fails, no permission."""
-    if isinstance(error, RuntimeError):                     # PyTorch's; only the text tells its kind
-        kinds = ("out of memory", "alloc", "dataloader worker", "new thread", "connection closed")
-        return any(kind in str(error).lower() for kind in kinds)
-    # Pillow's have no number; ENOENT is a file that is not there, EINVAL one that is damaged.
-    return isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)
-
-
 def refuse_inside(out, folders):
     """Ends the program if `out` lies in one of the folders: what is written there would become faces."""
     for folder in folders:
@@ -77,9 +67,9 @@ def reading(path, expected):
     except FileNotFoundError:
         fail(f"{path}: no such file; expected {expected}")
     except Exception as error:
+        from tools.inputs import system_failed, why
         if system_failed(error):
             raise                                           # `run` reports it
-        from tools.inputs import why
         fail(f"{path}: expected {expected}; {why(path, error)}")
 
 
@@ -640,12 +630,9 @@ def run(main, less="or begin anew with a smaller --batch and another --out"):
             raise
         fail(f"this input needs {error.name}, which is not here; copy the folder tools/ beside the scripts")
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not system_failed(error):
+        from tools.inputs import why_stopped
+        if not (reason := why_stopped(error, less)):
             raise                                           # a mistake in the code
-        lines = f"{type(error).__name__}: {error}".splitlines()
-        reason = lines[-1 if "Traceback" in str(error) else 0]          # a worker's comes last
-        if not isinstance(error, OSError) and "thread" not in reason and "closed" not in reason:
-            reason = f"the memory does not suffice ({reason}); {less}; or free some"
         fail(f"{reason}; put it right and give the same command again, which continues from what is saved")
 
 

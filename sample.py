@@ -102,8 +102,7 @@ def embed_real(backbone, prototypes, faces, rows, wanted):
     lines = lines_of(strangers)
     few = len(strangers["person"][0])
     if few < ENOUGH:
-        print(f"{few} strangers are too few to tell who is too near somebody by all pictures together: sample.py "
-              "leaves nobody out for that, evaluate.py judges it")
+        print(f"{few} strangers do not tell whose pictures together are too near somebody: nobody is left out")
         lines["person"] = 1.0
     return Real(real.f, real.labels, centres_of(real), lines)
 

@@ -2181,13 +2181,13 @@ def test_real_faces_are_labelled_by_the_rows_of_their_prototypes(tmp_path, monke
     assert real.lines == evaluate.lines_of(strangers)
     assert {*real.lines} >= {"person", "centre", "image"}
     assert max(real.lines.values()) < 0.999                 # nobody is a stranger to themselves
-    assert "too few" not in capsys.readouterr().out
+    assert "strangers do not" not in capsys.readouterr().out
 
     # Who is too near by all pictures together needs enough strangers.
     monkeypatch.setattr(sample, "ENOUGH", 5)
     few = sample.embed_real(backbone, prototypes, faces, rows, wanted)
     assert few.lines == real.lines | {"person": 1.0}
-    assert "4 strangers are too few" in capsys.readouterr().out
+    assert "4 strangers do not tell" in capsys.readouterr().out
 
 
 def far(patch, **lines):

@@ -19,7 +19,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import (SUFFIXES, TEMPLATE, list_files, open_image, processors, read_csv, write_csv,
                   write_landmarks)
-from model import DEVICE, fail, reading, refuse_inside, replacing, run, system_failed
+from model import DEVICE, fail, reading, refuse_inside, replacing, run
+from tools.inputs import system_failed
 from tools.retinaface import crop_landmarks, detect_faces, load_detector, similarity
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

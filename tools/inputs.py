@@ -2,9 +2,10 @@
 
 data.py asks when a source holds more than images identity/image.jpg, or shares people with another; when an
 image is deeper than 8 bits, transparent or broken; and when landmarks look wrong. model.py asks what a file
-is that cannot be read.
+is that cannot be read, and what stopped a script.
 """
 import contextlib
+import errno
 import json
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data import SPLITS, SUFFIXES, list_source
-from model import fail, reading, system_failed
+from model import fail, reading
 
 # ------------------------------------------------------------------------------------------ training sources
 
@@ -140,6 +141,29 @@ def why(path, error):
     if "weights_only" in str(error):                        # where PyTorch advises to run what is in it
         return "it is damaged, or holds more than tensors"
     return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def system_failed(error):
+    """Whether the system caused an error, and not a file: no memory, a disk that fails, no permission."""
+    if isinstance(error, RuntimeError):                     # PyTorch's; only the text tells its kind
+        kinds = ("out of memory", "alloc", "dataloader worker", "new thread", "connection closed")
+        return any(kind in str(error).lower() for kind in kinds)
+    # Pillow's have no number; ENOENT is a file that is not there, EINVAL one that is damaged.
+    return isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)
+
+
+def why_stopped(error, less):
+    """What stopped a script from outside, in a line; None if it is a mistake in the code.
+
+    `less` says how this script needs less memory.
+    """
+    if isinstance(error, RuntimeError) and not system_failed(error):
+        return None
+    lines = f"{type(error).__name__}: {error}".splitlines()
+    reason = lines[-1 if "Traceback" in str(error) else 0]              # a worker's comes last
+    if isinstance(error, OSError) or "thread" in reason or "closed" in reason:
+        return reason
+    return f"the memory does not suffice ({reason}); {less}; or free some"
 
 
 # ------------------------------------------------------------------------------------------------- landmarks
