@@ -246,18 +246,16 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def settle(self, people_moment):
-        """Places the virtual prototypes for stage 2, once training is done: gives them the spread of people.
+        """Places the virtual prototypes for stage 2, once training is done: they get the spread of people.
 
-        Whitening makes their second moment the unit matrix. The root of another moment then makes it that one:
-        here two thirds that of the real prototypes, one third `people_moment` (D, D), see `person_moment`. A
-        prototype learned from few images also holds chance features of these images: with its moment alone,
-        some virtual people would look like nobody. With the other alone, they would be too much alike
+        Whitening makes their second moment the unit matrix. The root of `people_moment` (D, D), see
+        `person_moment`, then makes it that one. That of the real prototypes would not do: a prototype that was
+        learned from few images holds chance features of these, and drawn people would differ in them, too
         (docs/measurements.md, "Where should virtual prototypes lie").
         """
-        real, virtual = F.normalize(self.real), F.normalize(self.virtual)
+        virtual = F.normalize(self.virtual)
         whitened = virtual @ power(virtual.mT @ virtual / len(virtual), -0.5)
-        moment = real.mT @ real / len(real) * 2 / 3 + people_moment / 3
-        self.settled.copy_(F.normalize(whitened @ power(moment, 0.5)))
+        self.settled.copy_(F.normalize(whitened @ power(people_moment, 0.5)))
 
     def to_draw(self):
         """Unit prototypes as stages 2 and 3 use them: (n + k, D), real ones first.

@@ -399,7 +399,7 @@ def test_powers_of_a_moment():
     assert same(model.power(thin, -0.5), exact)
 
 
-def test_settled_prototypes_are_whitened_and_given_two_moments():
+def test_settled_prototypes_are_whitened_and_given_the_moment_of_people():
     prototypes = randomise(Prototypes(30, 20, 4))
     spread = torch.tensor([3, 1, 1, 0.2])
     people = moment_of(torch.randn(9, 4) * spread)
@@ -408,8 +408,7 @@ def test_settled_prototypes_are_whitened_and_given_two_moments():
     virtual = unit(prototypes.virtual.detach())
     white = virtual @ model.power(moment_of(virtual), -0.5)
     assert same(moment_of(white), torch.eye(4), 1e-4)
-    wanted = 2 / 3 * moment_of(real) + 1 / 3 * people
-    settled = unit(white @ model.power(wanted, 0.5))
+    settled = unit(white @ model.power(people, 0.5))
     assert same(prototypes.to_draw(), torch.cat([real, settled]), 1e-4)
     before = prototypes.to_draw()
     randomise(prototypes)                                   # training goes on: what is drawn stays
