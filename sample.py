@@ -65,8 +65,8 @@ ENOUGH = 100        # strangers, to tell what 99 % of them stay below
 Job = namedtuple("Job", "row name index attempt pose")
 
 # What became of it: a row of manifest.csv. The verdict is `leak` or `accepted`, or in place of this `person`,
-# if the pictures of this person together are too near somebody. Cosines are to the own prototype, to the centre of the nearest
-# real person, and to the nearest real image; with --real-to, the own person is none of these.
+# if the pictures of this person together are too near somebody. Cosines are to the own prototype, to the
+# centre of the nearest real person, and to the nearest real image; with --real-to, the own person is none.
 Verdict = namedtuple("Verdict", "file identity index attempt landmarks_from verdict cos_own cos_nearest_real "
                                 "cos_nearest_image")
 
@@ -102,7 +102,7 @@ def embed_real(backbone, prototypes, faces, rows, wanted):
     lines = lines_of(strangers)
     few = len(strangers["person"][0])
     if few < ENOUGH:
-        print(f"{few} strangers do not tell whose pictures together are too near somebody: nobody is left out")
+        print(f"{few} strangers do not tell whose pictures together are too near: nobody is left out for it")
         lines["person"] = 1.0
     return Real(real.f, real.labels, centres_of(real), lines)
 
