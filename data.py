@@ -38,7 +38,7 @@ def open_image(file):
         image.load()
         with contextlib.suppress(Exception):                                # EXIF tags may be broken
             ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF" or image.has_transparency_data:                # deep grey
+    if image.mode[0] in "IF" or image.has_transparency_data:                # 16 or 32 bits deep; see-through
         from tools.inputs import plain_image
         image = plain_image(image)
     return image.convert("RGB")
@@ -78,7 +78,10 @@ def list_files(folder, below=""):
 
 
 def list_source(root):
-    """A folder; identity, name and size of its images identity/image, by name; names of other files."""
+    """Lists a folder: itself, its images (identity, name, size) in the order of names, names of other files.
+
+    An image is identity/image, however deep, and neither hidden nor in a folder that is no person's.
+    """
     images, others = [], []
     for name, size in sorted(list_files(root)):
         identity, slash, _ = name.partition("/")
@@ -100,7 +103,8 @@ def list_sources(sources, flag):
     roots = [*map(Path, sources)]
     there = all(root.is_dir() for root in roots)
     listed = [list_source(root) for root in roots if there]
-    if [bool(images) and not others for _, images, others in listed] != [True]:     # not one plain folder
+    plain = all(images and not others for _, images, others in listed)
+    if len(listed) != 1 or not plain:
         from tools.inputs import judge_sources
         listed = judge_sources(roots, listed, flag)
 
@@ -209,8 +213,7 @@ class Faces(Dataset):
 def rows_of(people, names):
     """The place in `names` of each of the people (I,); somebody who is not there gets one after the last."""
     row_of = {name: row for row, name in enumerate(names)}
-    return torch.tensor([row_of.get(name, len(names) + i)
-                         for i, name in enumerate(people)])
+    return torch.tensor([row_of.get(name, len(names) + i) for i, name in enumerate(people)])
 
 
 def stacked(items):
@@ -222,8 +225,8 @@ def apart(_):
     """Lets a worker end with the training loop, not by a signal to all: the running step needs its images."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-    # When the loop is killed, its workers end in seconds; without this, they would wait for ever for
-    # somebody to read their last images.
+    # Python runs this when a worker exits, before it waits for its last images to be read. Nobody reads them
+    # if the loop was killed, and the worker would wait for ever.
     util.Finalize(None, os._exit, [0], exitpriority=0)
 
 

@@ -249,8 +249,8 @@ class Prototypes(nn.Module):
         """Places the virtual prototypes for stage 2, once training is done: they get the spread of people.
 
         Whitening makes their second moment the unit matrix. The root of `people_moment` (D, D), see
-        `person_moment`, then makes it that one. That of the real prototypes would not do: a prototype that was
-        learned from few images holds chance features of these, and drawn people would differ in them, too
+        `person_moment`, then makes it that one. The moment of the real prototypes would not do: a prototype
+        that was learned from few images holds chance features of these, and drawn people would differ in them
         (docs/measurements.md, "Where should virtual prototypes lie").
         """
         virtual = F.normalize(self.virtual)

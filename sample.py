@@ -58,7 +58,7 @@ flag("--batch", type=positive, default=256 if DEVICE.type == "cuda" else 64,
 flag("--seed", type=int, default=0, help="(default: %(default)s)")
 
 ATTEMPTS = 5        # paper: unstated; here pictures too near a real person are drawn again
-ENOUGH = 100        # strangers, to tell what 99 % of them stay below
+ENOUGH = 100        # strangers: of fewer nobody can tell what 99 % stay below
 
 # A picture to draw: of which person (their row of W, and name), which of their pictures, at which attempt,
 # and in the pose of which training face.
@@ -100,9 +100,9 @@ def embed_real(backbone, prototypes, faces, rows, wanted):
     real = real._replace(labels=rows.to(DEVICE)[real.labels], thumbs=None)
     strangers = strangers_to(real, wanted)
     lines = lines_of(strangers)
-    few = len(strangers["person"][0])
-    if few < ENOUGH:
-        print(f"{few} strangers do not tell whose pictures together are too near: nobody is left out for it")
+    people = len(strangers["person"][0])
+    if people < ENOUGH:
+        print(f"{people} strangers do not tell whose pictures together are too near: that is not tested")
         lines["person"] = 1.0
     return Real(real.f, real.labels, centres_of(real), lines)
 

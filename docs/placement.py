@@ -1,11 +1,10 @@
-"""Virtual prototypes placed in another way, all else equal: python docs/placement.py FR DIT SHARE OUT [random]
+"""Places virtual prototypes in another way: python docs/placement.py FR DIT SHARE OUT [random]
 
 Copies the run folders FR and DIT into OUT/fr and OUT/dit. There the virtual prototypes have SHARE of people's
-moment (`person_moment`) and 1 - SHARE of that of the real prototypes: `Prototypes.settle` has a third. A SHARE of
--1 leaves them as they were trained. With `random`, directions drawn by chance take the place of the trained
-ones. Then: python sample.py --fr OUT/fr --dit OUT/dit --out SET. Prints the room, as fr_train.py does.
+moment (`person_moment`) and 1 - SHARE of that of the real prototypes: `Prototypes.settle` has a SHARE of 1. A
+SHARE of -1 leaves them as they were trained. With `random`, directions drawn by chance take the place of the
+trained ones. Then: python sample.py --fr OUT/fr --dit OUT/dit --out SET. Prints the room, as fr_train.py does.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -34,13 +33,20 @@ else:
 prototypes.settled.copy_(settled)
 print(out, room(prototypes))
 
-tensors, _ = load_model(fr, "fr")
-parts = {part: {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
-         for part in ("backbone", "prototypes")}
+
+def parts_of(folder, stage, *names):
+    """The tensors of a run folder as {part: {name: tensor}}, for `save_model`, and its metadata."""
+    tensors, meta = load_model(folder, stage)
+    parts = {part: {} for part in names}
+    for name, tensor in tensors.items():
+        part, name = name.split(".", 1)
+        parts[part][name] = tensor
+    return parts, meta
+
+
+parts, _ = parts_of(fr, "fr", "backbone", "prototypes")
 parts["prototypes"]["settled"] = settled
 kept = {key: value for key, value in meta.items() if key not in ("stage", "config", "sha256")}
 save_model(out / "fr", "fr", meta["config"], parts, **kept)
-tensors, meta = load_model(dit, "dit")
-parts = {part: {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
-         for part in ("dit", "poses")}
+parts, meta = parts_of(dit, "dit", "dit", "poses")
 save_model(out / "dit", "dit", meta["config"], parts, fr_sha256=digest(out / "fr"), data=meta["data"])

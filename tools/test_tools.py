@@ -12,7 +12,6 @@ import pickle
 import shutil
 import socket
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ import data
 import model
 from test_vigface import (contents, face_set, folder, forked, here, jpeg, people, same, start, stops,
                           units)
-from tools import align, insightface, pairs, published, report, retinaface, toys
+from tools import align, insightface, published, report, retinaface, toys
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [f"{name}.py" for name in ("model", "data", "fr_train", "dit_train", "sample", "evaluate")]
